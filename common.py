@@ -1,0 +1,938 @@
+"""Shared pieces of the reproduction of Achille & Soatto, "Emergence of Invariance and Disentanglement in Deep
+Representations" (JMLR 2018, arXiv 1706.01350): the information in the weights as a regulariser.
+
+Five sections, each of which also runs alone when pasted under this import block:
+
+    1. Stochastic layers       weights with learned multiplicative noise
+    2. Weight-IB loss          cross-entropy + beta/N * I(w;D)
+    3. Information estimators  capacities, bounds, what logits and representations hold
+    4. Data                    CIFAR-10, MNIST, CelebA, and synthetic sets that need no files
+    5. Running a grid          command line, resumable runs, plot style, claims tables
+
+Information is in nats throughout.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+import zlib
+from concurrent import futures
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import einsum, rearrange
+
+torch.set_flush_denormal(True)  # the moments of pruned weights decay into denormals, which slow a CPU several times
+
+# ======================================================================================================================
+# 1. Stochastic layers
+# ======================================================================================================================
+# w = w_mean * eps, with noise eps of mean one and one alpha a weight that is learned: eps ~ N(1, alpha), or
+# log eps ~ N(-alpha/2, alpha). The parameter is log sigma^2 = log alpha + log w_mean^2 rather than log alpha, so that a
+# step of the mean leaves the size of the noise as it is.
+
+EPS = 1e-16  # added to w^2 before its logarithm: a weight that is exactly zero has a finite log alpha
+MAX_LOG_SIGMA2 = 20.0  # noise beyond this drowns everything already; without it exp overflows at log alpha = 100
+
+
+class _CappedExp(torch.autograd.Function):
+    """exp(scale * x), capped in value but not in gradient, so that a parameter beyond the cap can come back."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        out = torch.mul(x, scale).clamp_(max=scale * MAX_LOG_SIGMA2).exp_()
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad * ctx.saved_tensors[0]).mul_(ctx.scale), None
+
+
+class _GaussianNoise(torch.autograd.Function):
+    """mean + sqrt(variance) * n with n ~ N(0, 1): one pass each way, where plain autograd takes five."""
+
+    @staticmethod
+    def forward(ctx, mean, variance):
+        std = torch.add(variance, 1e-12).sqrt_()
+        # drawn flat: into a channels-last tensor torch draws normals several times slower
+        noise = torch.randn(std.numel(), dtype=std.dtype, device=std.device).as_strided(std.shape, std.stride())
+        sample = torch.addcmul(mean, std.to(mean.dtype), noise.to(mean.dtype))
+        ctx.save_for_backward(noise.div_(std).mul_(0.5))
+        return sample
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad * ctx.saved_tensors[0]
+
+
+# KL of N(w, alpha*w^2) from the log-uniform prior, up to a constant: Molchanov et al. 2017 (arXiv 1701.05369), eq. 14
+K1, K2, K3 = 0.63576, 1.87320, 1.48695
+
+
+class _GaussianKL(torch.autograd.Function):
+    """Sum over the weights of k1 - k1*sigmoid(k2 + k3*u) + softplus(-u)/2, u = log alpha; gradient in closed form.
+
+    One forward sweep, in place, yields the value and both gradients: twice as fast as leaving it to autograd.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, log_sigma2):
+        w, s = weight.to(torch.promote_types(weight.dtype, torch.float32)), log_sigma2
+        w2 = torch.mul(w, w).add_(EPS)
+        u = torch.log(w2).neg_().add_(s)
+        grad = torch.mul(u, K3).add_(K2).sigmoid_()
+        total = K1 * (w.numel() - grad.sum()) - 0.5 * u.clamp(max=0).sum()
+        grad.addcmul_(grad, grad, value=-1).mul_(-K1 * K3).sub_(torch.neg(u).sigmoid_(), alpha=0.5)
+        total += 0.5 * u.abs_().neg_().exp_().log1p_().sum()
+        ctx.save_for_backward(w2.reciprocal_().mul_(w).mul_(grad).mul_(-2), grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(grad * g for g in ctx.saved_tensors)
+
+
+class _StochasticWeight:
+    """What StochasticLinear and StochasticConv2d share: the noise on `weight` and the information in it."""
+
+    sampling = None  # draw noise? None: in train() only. sample_weights() sets it
+
+    def _make_stochastic(self, noise, local, log_alpha, max_log_alpha):
+        if noise not in ("gaussian", "lognormal"):
+            raise ValueError(f"noise={noise!r}: choose 'gaussian' or 'lognormal'")
+        self.noise, self.local, self.max_log_alpha = noise, local, max_log_alpha
+        self.log_sigma2 = nn.Parameter(torch.empty_like(self.weight, requires_grad=False))
+        self.log_alpha = log_alpha
+
+    @property
+    def log_alpha(self):
+        """log alpha of every weight, shape of `weight`; log-normal: at most max_log_alpha. Assign a float or tensor."""
+        weight, log_sigma2 = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (self.weight, self.log_sigma2))
+        log_alpha = log_sigma2 - torch.log(weight * weight + EPS)
+        return log_alpha.clamp(max=self.max_log_alpha) if self.noise == "lognormal" else log_alpha
+
+    @log_alpha.setter
+    def log_alpha(self, value):
+        with torch.no_grad():
+            weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+            self.log_sigma2.copy_(value + torch.log(weight * weight + EPS))
+
+    def information(self):
+        """Upper bound I~(w;D) on what the weights of this layer hold about the data: 0-d tensor, nats (Prop. 4.1).
+
+        KL(q(w|D) || log-uniform prior), summed over the weights. Gaussian noise: the approximation of Molchanov et al.
+        (2017), 0 for alpha to infinity. Log-normal noise: (max_log_alpha - log alpha)/2, so that a weight at the cap
+        holds zero nats: the choice of the paper's arbitrary constant C, and of what "no information" means.
+        """
+        if self.noise == "gaussian":
+            return _GaussianKL.apply(self.weight, self.log_sigma2)
+        return 0.5 * (self.max_log_alpha - self.log_alpha).sum()
+
+    def _apply_noisy(self, linear, x):
+        """linear(x, weight, bias), the layer's own map, with noise on the weights where it is to be drawn."""
+        if not (self.training if self.sampling is None else self.sampling):
+            return linear(x, self.weight, self.bias)
+        if self.local:
+            if self.noise == "gaussian":
+                variance = _CappedExp.apply(self.log_sigma2, 1.0)
+            else:
+                variance = (self.weight.float() ** 2 * torch.expm1(self.log_alpha.exp())).to(self.weight.dtype)
+            variance = linear(x * x, variance, None)
+            variance = variance.to(torch.promote_types(variance.dtype, torch.float32))
+            return _GaussianNoise.apply(linear(x, self.weight, self.bias), variance)
+        noise = torch.randn(self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
+        if self.noise == "gaussian":
+            weight = torch.addcmul(self.weight, _CappedExp.apply(self.log_sigma2, 0.5), noise)
+        else:
+            std = torch.exp(0.5 * self.log_alpha)
+            weight = self.weight * torch.exp(std * noise - 0.5 * std * std).to(self.weight.dtype)
+        return linear(x, weight, self.bias)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """A checkpoint of the plain layer has no noise: keep this layer's alpha, relative to the weights it brings."""
+        if prefix + "weight" in state_dict and prefix + "log_sigma2" not in state_dict:
+            alpha, weight = self.log_alpha.detach(), state_dict[prefix + "weight"].to(self.weight).float()
+            state_dict[prefix + "log_sigma2"] = (alpha + torch.log(weight * weight + EPS)).to(self.log_sigma2.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, noise={self.noise!r}, local={self.local}"
+
+
+class StochasticLinear(_StochasticWeight, nn.Linear):
+    """nn.Linear with multiplicative noise on its weights, one learned alpha a weight (Sec. 4; Kingma et al. 2015).
+
+    noise: "gaussian", eps ~ N(1, alpha), or "lognormal", log eps ~ N(-alpha/2, alpha). local=True draws the
+    pre-activations, with independent noise for every example (local reparametrisation); log-normal noise has no exact
+    local form, its mean and variance are matched there (central limit). local=False draws one weight sample a forward.
+    log_alpha: start of every weight's log alpha. max_log_alpha: cap of log-normal noise, see information().
+    train() draws noise, eval() uses the means; see sample_weights. (..., in_features) -> (..., out_features).
+    Extra parameter: log_sigma2, shape of weight. ValueError for an unknown noise.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, *, noise="gaussian", local=True, log_alpha=-6.0,
+                 max_log_alpha=1.0, device=None, dtype=None):
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._make_stochastic(noise, local, log_alpha, max_log_alpha)
+
+    def forward(self, x):
+        return self._apply_noisy(F.linear, x)
+
+
+class StochasticConv2d(_StochasticWeight, nn.Conv2d):
+    """nn.Conv2d with multiplicative noise on its weights; the options are those of StochasticLinear.
+
+    local=False by default: one weight sample a forward costs next to nothing, local=True a second convolution and noise
+    for every pre-activation, independent between places although these share their weights (the usual approximation).
+    """
+
+    def __init__(self, *args, noise="gaussian", local=False, log_alpha=-6.0, max_log_alpha=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._make_stochastic(noise, local, log_alpha, max_log_alpha)
+
+    def forward(self, x):
+        return self._apply_noisy(self._conv_forward, x)
+
+
+def to_stochastic(module, *, skip=(), noise="gaussian", local=None, log_alpha=-6.0, max_log_alpha=1.0):
+    """Turn every nn.Linear and nn.Conv2d of a model into its stochastic twin, in place, and return the model.
+
+    Weights, device, dtype, hooks, names and eval-mode outputs stay as they are; layers shared between places stay
+    shared. skip: names of layers to leave alone, as in named_modules(); the name of a block spares all within. local:
+    None for each layer's own default. A module that is itself a layer is converted too; subclasses of the two that do
+    something else with their weights are left alone. ValueError for a name in skip that is not in the model.
+    """
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    layers = dict(module.named_modules())
+    if unknown := [name for name in skip if name not in layers]:
+        raise ValueError(f"skip names {', '.join(map(repr, unknown))}, which the model does not have")
+    twins = {nn.Linear: (StochasticLinear, True), nn.Conv2d: (StochasticConv2d, False)}
+    for name, layer in layers.items():
+        if type(layer) in twins and not any(name == s or name.startswith(s + ".") for s in skip):
+            layer.__class__, default = twins[type(layer)]  # the same object: whoever holds it holds the twin
+            layer._make_stochastic(noise, default if local is None else local, log_alpha, max_log_alpha)
+    return module
+
+
+@contextlib.contextmanager
+def sample_weights(model, draw=True):
+    """A context in which the stochastic layers of model draw noise whatever their mode; with draw=False, use the means.
+
+    Everything else keeps its mode: in eval() batch normalisation uses its running statistics. Yields the model.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _StochasticWeight)]
+    before = [m.sampling for m in layers]
+    try:
+        for m in layers:
+            m.sampling = draw
+        yield model
+    finally:
+        for m, state in zip(layers, before):
+            m.sampling = state
+
+
+# ======================================================================================================================
+# 2. Weight-IB loss
+# ======================================================================================================================
+
+def weight_information(model):
+    """Information in the weights of a model, the sum over its stochastic layers of I~(w;D): 0-d tensor, nats.
+
+    Biases, batch normalisation and plain layers hold no noise and are not counted. ValueError where nothing is.
+    """
+    layers = [m for m in model.modules() if isinstance(getattr(m, "log_sigma2", None), nn.Parameter)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no stochastic layer: see to_stochastic(model)")
+    return sum(layer.information() for layer in layers)
+
+
+def ib_loss(logits, target, model, beta, n):
+    """The information Lagrangian for the weights (eq. 3), per sample: cross-entropy + beta/n * I(w;D), in nats.
+
+    logits: (batch, classes). target: class indices (batch,), or 0/1 attributes (batch, attributes), whose binary
+    cross-entropies are summed over the attributes. n: the number of training samples, not of the batch; the paper's
+    Lagrangian has the sum over them, so that with the mean the information weighs beta/n, and beta = 1 is the ELBO.
+    Returns (loss, cross_entropy, information), 0-d tensors; the last two carry gradients too.
+    ValueError where the model has no stochastic layer, beta < 0 or n < 1.
+    """
+    if beta < 0 or n < 1:
+        raise ValueError(f"beta={beta} must be 0 or more, n={n} (the number of training samples) 1 or more")
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    if target.shape == logits.shape:
+        target = target.to(logits.dtype)
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(logits)
+    else:
+        cross_entropy = F.cross_entropy(logits, target)
+    information = weight_information(model)
+    return cross_entropy + beta / n * information, cross_entropy, information
+
+
+# ======================================================================================================================
+# 3. Information estimators
+# ======================================================================================================================
+
+def g(alpha):
+    """Capacity lost to log-normal noise: g(alpha) = -log(1 - exp(-alpha))/2, nats per dimension (Prop. 5.2).
+
+    alpha: float or tensor, > 0; falls from infinity at 0 to 0. ValueError for alpha < 0.
+    """
+    alpha = torch.as_tensor(alpha)
+    alpha = alpha if alpha.is_floating_point() else alpha.double()
+    if (alpha < 0).any():
+        raise ValueError("alpha is a variance and cannot be negative")
+    return -0.5 * torch.log(-torch.expm1(-alpha))
+
+
+def alpha_from_information(information, dim):
+    """The common alpha of dim weights that hold `information` nats in all: exp(-2*information/dim) (Prop. 4.1, C = 0).
+
+    The paper prints exp(-information/dim); from I = -1/2 * sum of log alpha follows the factor 2.
+    """
+    return torch.exp(-2 * torch.as_tensor(information) / dim)
+
+
+def label_information(logits, labels):
+    """Label nats that the logits hold: H(y) - cross-entropy, a lower bound on I(z;y) on test data; 0-d tensor, nats.
+
+    logits: (n, classes); labels: (n,) indices. H(y) is the entropy of the labels' frequencies here. On the train set
+    of random labels this is what was memorised. Negative where the logits are worse than those frequencies.
+    """
+    frequencies = torch.bincount(labels).double() / len(labels)
+    return torch.special.entr(frequencies).sum() - F.cross_entropy(logits.double(), labels)
+
+
+def total_correlation(z):
+    """TC(z) = KL(p(z) || prod p(z_i)) of a Gaussian with the covariance of the samples: 0-d tensor, nats.
+
+    z: (n, ...), flattened to (n, d); TC = -log det(correlation)/2. Components that do not vary are left out. It reads
+    linear dependence only, and high by about d^2/(4n) for n samples. ValueError unless n > d.
+    """
+    z = z.detach().flatten(1).double()
+    z = z[:, z.std(0) > 0]
+    if len(z) <= z.shape[1] + 1:
+        raise ValueError(f"{len(z)} samples of {z.shape[1]} varying dimensions: need more samples")
+    return -0.5 * torch.linalg.slogdet(torch.corrcoef(z.T).view(z.shape[1], z.shape[1])).logabsdet
+
+
+# ======================================================================================================================
+# 4. Data
+# ======================================================================================================================
+# All loaders return tensors of whole data sets, images as uint8 (n, channels, height, width). Rows may be sorted by
+# class: draw a seeded permutation before taking the first N.
+
+class DataError(OSError):
+    """A data set is missing, cannot be downloaded, or its file is damaged; the message says what to do."""
+
+
+def load_cifar10(data_dir="data"):
+    """CIFAR-10: (x_train uint8 [50000,3,32,32], y_train int64, x_test [10000,3,32,32], y_test).
+
+    Looked for as <data_dir>/cifar10.npz (arrays x_train, y_train, x_test, y_test as in Keras), then torchvision's copy
+    in data_dir, then downloaded by torchvision and written as that npz. DataError where none can be had.
+    """
+    return _train_and_test("cifar10", "CIFAR10", (32, 32, 3), data_dir)
+
+
+def load_mnist(data_dir="data"):
+    """MNIST: (x_train uint8 [60000,1,28,28], y_train int64, x_test [10000,1,28,28], y_test). See load_cifar10."""
+    return _train_and_test("mnist", "MNIST", (28, 28), data_dir)
+
+
+def load_celeba(data_dir="data"):
+    """CelebA at 64x64: (images uint8 [n,3,64,64], attrs uint8 [n,40], attr_names list, partition uint8 [n]).
+
+    partition: 0 train, 1 validation, 2 test. Images are the centre 148x148 of the aligned ones, resized. Looked for as
+    <data_dir>/celeba64.npz (images [n,64,64,3], attrs, attr_names, partition), then torchvision's copy in data_dir,
+    then downloaded by torchvision and written as that npz (2.5 GB). DataError where none can be had.
+    """
+    names = ("images", "attrs", "attr_names", "partition")
+    images, attrs, attr_names, partition = _arrays("celeba64", names, data_dir, _torchvision_celeba, (64, 64, 3))
+    images = rearrange(torch.from_numpy(images), "n h w c -> n c h w")
+    return images, torch.from_numpy(attrs), [str(name) for name in attr_names], torch.from_numpy(partition)
+
+
+def _train_and_test(name, torchvision_name, shape, data_dir):
+    def from_torchvision(download):
+        from torchvision import datasets
+        sets = [getattr(datasets, torchvision_name)(str(data_dir), train, download=download) for train in (True, False)]
+        return {key + split: np.asarray(value, np.uint8) for split, data in zip(("train", "test"), sets)
+                for key, value in (("x_", data.data), ("y_", data.targets))}
+
+    names = ("x_train", "y_train", "x_test", "y_test")
+    arrays = [torch.from_numpy(a) for a in _arrays(name, names, data_dir, from_torchvision, shape)]
+    pattern = "n h w c -> n c h w" if len(shape) == 3 else "n h w -> n 1 h w"
+    return tuple(rearrange(a, pattern) if key[0] == "x" else a.flatten().long() for key, a in zip(names, arrays))
+
+
+def _torchvision_celeba(download, data_dir):
+    from torchvision import datasets, transforms
+    crop = transforms.Compose([transforms.CenterCrop(148), transforms.Resize((64, 64))])
+    data = datasets.CelebA(str(data_dir), "all", transform=crop, download=download)
+    images = np.empty((len(data), 64, 64, 3), np.uint8)
+    for i in range(len(data)):
+        images[i] = np.asarray(data[i][0])
+    partition = np.loadtxt(Path(data_dir) / "celeba" / "list_eval_partition.txt", usecols=1, dtype=np.uint8)
+    names = np.array([name for name in data.attr_names if name])  # the file's header ends in a blank
+    return {"images": images, "attrs": data.attr.numpy().astype(np.uint8), "attr_names": names, "partition": partition}
+
+
+def _arrays(name, keys, data_dir, from_torchvision, shape):
+    """The arrays of <data_dir>/<name>.npz, which is first made from torchvision's copy or download if need be."""
+    path = Path(data_dir) / f"{name}.npz"
+    if not path.exists():
+        try:
+            arrays = from_torchvision(download=False)
+        except (RuntimeError, OSError):  # torchvision's ways of saying that its files are not there
+            try:
+                print(f"{name}: not in {data_dir}/, downloading with torchvision ...", file=sys.stderr, flush=True)
+                arrays = from_torchvision(download=True)
+            except Exception as error:  # urllib, gdown, md5 and tar each raise their own
+                raise DataError(_how_to_get(name, path, keys, error)) from error
+        temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
+        try:
+            np.savez(temporary, **arrays)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return [arrays[key] for key in keys]
+    try:
+        with np.load(path) as file:
+            missing = [key for key in keys if key not in file.files]
+            arrays = [] if missing else [file[key] for key in keys]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({error}): delete it to have it made anew, or use --scale demo") from error
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)}: it should hold the arrays {', '.join(keys)}")
+    for key, array in zip(keys, arrays):
+        if key in ("x_train", "x_test", "images") and (array.shape[1:] != shape or array.dtype != np.uint8):
+            raise DataError(f"{path}: {key} is {array.dtype} {array.shape}, it should be uint8 {('n', *shape)}")
+    return arrays
+
+
+def _how_to_get(name, path, keys, error):
+    """One line: what is missing, why it could not be had, and the ways out."""
+    if name == "celeba64":
+        files = ("img_align_celeba/ (unzipped), list_attr_celeba.txt, identity_CelebA.txt, list_bbox_celeba.txt, "
+                 "list_landmarks_align_celeba.txt and list_eval_partition.txt")
+        hand = ("torchvision needs the package gdown (pip install gdown), and Google Drive has a daily quota; by hand: "
+                f"get {files} from mmlab.ie.cuhk.edu.hk/projects/CelebA.html and put them into {path.parent}/celeba/")
+    else:
+        hand = f"on a machine with network run this there and copy {path} here (arrays {', '.join(keys)})"
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return f"no {path}, and the download failed ({reason}). {hand}. Or use --scale demo, which needs no data"
+
+
+def corrupt_labels(labels, fraction, num_classes, generator):
+    """A copy of labels (n,) in which exactly round(fraction*n) places are drawn anew, uniformly over the classes.
+
+    A new label may be the old one by chance, so that fraction = 1 leaves nothing of the true labels, and in each
+    log(num_classes) nats to memorise. generator draws the places and the labels. ValueError unless 0 <= fraction <= 1.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction={fraction} must be between 0 and 1")
+    count = round(fraction * len(labels))
+    places = torch.randperm(len(labels), generator=generator, device=generator.device)[:count]
+    new = torch.randint(num_classes, (count,), generator=generator, device=generator.device)
+    corrupted = labels.clone()
+    corrupted[places.to(labels.device)] = new.to(labels)
+    return corrupted
+
+
+def add_clutter(images, generator, squares=10, size=4):
+    """Paste white squares at uniform places; returns (images with clutter (n, c, h, w), bool mask (n, 1, h, w)).
+
+    images: uint8, white being 255, or float, white being 1. Squares may overlap one another and the digit; they lie
+    wholly within the image. The mask is the nuisance of Fig. 4.
+    """
+    n, _, height, width = images.shape
+
+    def strips(length):  # (n, squares, length), 1 where a square covers the row or column
+        start = torch.randint(length - size + 1, (n, squares, 1), generator=generator, device=generator.device)
+        offset = torch.arange(length, device=images.device) - start.to(images.device)
+        return ((offset >= 0) & (offset < size)).float()
+
+    mask = einsum(strips(height), strips(width), "n s h, n s w -> n h w").gt(0).unsqueeze(1)
+    return images.masked_fill(mask, 1 if images.is_floating_point() else 255), mask
+
+
+OBJECT_SHAPES = {  # functions of a point (x, y), its radius r and its larger coordinate b that are negative inside
+    "disc": lambda x, y, r, b: r - 0.8,
+    "square": lambda x, y, r, b: b - 0.75,
+    "triangle": lambda x, y, r, b: torch.maximum(y, 0.866 * x.abs() - 0.5 * y) - 0.5,
+    "ring": lambda x, y, r, b: (r - 0.72).abs() - 0.2,
+    "plus": lambda x, y, r, b: torch.maximum(torch.minimum(x.abs(), y.abs()) - 0.25, b - 1),
+    "star": lambda x, y, r, b: r - 0.68 - 0.32 * torch.cos(5 * torch.atan2(y, x)),
+    "crescent": lambda x, y, r, b: torch.maximum(r - 0.9, 0.75 - torch.hypot(x - 0.45, y)),
+    "bar": lambda x, y, r, b: torch.maximum(x.abs() - 1, y.abs() - 0.28),
+    "frame": lambda x, y, r, b: (b - 0.65).abs() - 0.17,
+    "pair": lambda x, y, r, b: torch.hypot(x.abs() - 0.55, y) - 0.4,
+}
+DIGIT_FONTS = ("DejaVuSans[-.M]*", "DejaVuSerif[-.]*", "STIXGeneral*", "cm[brt]*", "cmss*")
+# The number of values of each factor; hair styles are short, long and fringe, mouths turn down, flat and up.
+FACE_FACTORS = dict(hair_colour=4, hair_style=3, skin=4, glasses=2, smile=3, beard=2, background=8, pose=5)
+FACE_ATTRIBUTES = ("black_hair", "brown_hair", "blond_hair", "grey_hair", "dark_skin", "glasses", "smiling", "beard")
+FACE_PALETTES = {  # hair in the order of the attributes, skin from pale to dark, backgrounds the corners of a cube
+    "hair_colour": torch.tensor([[0.07, 0.06, 0.08], [0.46, 0.20, 0.07], [0.93, 0.78, 0.35], [0.66, 0.67, 0.70]]),
+    "skin": torch.tensor([[0.98, 0.84, 0.74], [0.88, 0.67, 0.50], [0.63, 0.43, 0.29], [0.40, 0.27, 0.19]]),
+    "background": torch.cartesian_prod(*torch.tensor([[0.25, 0.85]] * 3)),
+}
+FACE_ELLIPSE = (0.75, 0.9)  # half-axes, in half-images, of the centred ellipse outside which all is background
+
+
+def _uniform(rng, low, high, *shape):
+    return low + (high - low) * torch.rand(shape, generator=rng)
+
+
+def _smooth_field(rng, n, channels, cells, size):
+    """Random fields [n, channels, size, size], about -1 to 1, interpolated from a lattice of cells x cells."""
+    return F.interpolate(_uniform(rng, -1, 1, n, channels, cells, cells), size, mode="bicubic", align_corners=True)
+
+
+def _local_grid(rng, n, size, shift, turn, scale):
+    """Pixel coordinates x, y [n, size, size] in the frames of randomly shifted, rotated and scaled objects."""
+    dx, dy, angle = torch.tensor([shift, shift, turn]).view(3, 1, 1, 1) * _uniform(rng, -1, 1, 3, n, 1, 1)
+    cos, sin = torch.stack([angle.cos(), angle.sin()]) / _uniform(rng, *scale, n, 1, 1)
+    axis = (torch.arange(size) + 0.5) * 2 / size - 1
+    x, y = axis - dx, axis[:, None] - dy
+    return x * cos + y * sin, y * cos - x * sin
+
+
+def _ellipse(x, y, a, b):
+    return (torch.hypot(x / a, y / b) - 1) * min(a, b)
+
+
+def _paint(canvas, colour, distance, shown=1):
+    """Lay colour on canvas [n, 3, h, w], in place, where distance [n, h, w] is negative and shown is 1."""
+    cover = shown * (0.5 - distance * canvas.shape[-1] / 2.5).clamp(0, 1)
+    canvas.lerp_(torch.as_tensor(colour).expand_as(canvas), cover[:, None])
+
+
+def _draw_in_chunks(draw, n, seed, chunk=250):
+    rng = torch.Generator().manual_seed(seed)
+    images, labels = zip(*(draw(rng, min(chunk, n - start)) for start in range(0, n, chunk)))
+    return (torch.cat(images).clamp(0, 1) * 255).round().to(torch.uint8), torch.cat(labels)
+
+
+def synthetic_objects(n, seed=0):
+    """Coloured shapes on textured grounds, a stand-in for CIFAR-10: images uint8 [n, 3, 32, 32], labels int64 [n].
+
+    Labels index OBJECT_SHAPES. Position, size, rotation, colours, gratings, texture and noise vary independently.
+    """
+    def draw(rng, n):
+        labels = torch.randint(len(OBJECT_SHAPES), (n,), generator=rng)
+        x, y = _local_grid(rng, n, 32, 0.35, math.pi, (0.45, 0.8))
+        point = x, y, torch.hypot(x, y), torch.maximum(x.abs(), y.abs())
+        distance = torch.stack([shape(*point) for shape in OBJECT_SHAPES.values()], 1)[torch.arange(n), labels]
+        waves = _local_grid(rng, 2 * n, 32, 1, math.pi, (0.05, 0.3))[0].sin()[:, None]
+        texture = _uniform(rng, -0.15, 0.15, 2 * n, 3, 1, 1) * waves + 0.25 * _smooth_field(rng, 2 * n, 3, 5, 32)
+        ground = torch.rand(n, 3, 1, 1, generator=rng)
+        canvas, front = ground + texture[:n], (ground + _uniform(rng, 0.3, 0.7, n, 3, 1, 1)) % 1 + 0.6 * texture[n:]
+        _paint(canvas, front, distance)
+        return canvas + 0.04 * torch.randn(canvas.shape, generator=rng), labels
+    return _draw_in_chunks(draw, n, seed)
+
+
+def synthetic_digits(n, seed=0):
+    """Printed digits, white on black, a stand-in for MNIST: images uint8 [n, 1, 28, 28], labels int64 [n].
+
+    The fonts are the text ones that matplotlib ships; each digit goes through a random affine map and a smooth warp.
+    """
+    from matplotlib import ft2font, get_data_path
+    paths = [path for name in DIGIT_FONTS for path in sorted(Path(get_data_path(), "fonts", "ttf").glob(name))]
+    glyphs = torch.zeros(len(paths), 10, 1, 56, 56)
+    for i, path in enumerate(paths):
+        font = ft2font.FT2Font(str(path))
+        font.set_size(50, 72)
+        for digit in range(10):
+            font.set_text(str(digit))
+            font.draw_glyphs_to_bitmap()
+            ink = torch.tensor(font.get_image()) / 255
+            rows, columns = (slice((56 - side) // 2, (56 + side) // 2) for side in ink.shape)
+            glyphs[i, digit, 0, rows, columns] = ink
+
+    def draw(rng, n):
+        labels = torch.randint(10, (n,), generator=rng)
+        ink = glyphs[torch.randint(len(paths), (n,), generator=rng), labels]
+        (angle, shear, dx, dy), (wide, tall) = _uniform(rng, -0.25, 0.25, 4, n), _uniform(rng, 0.9, 1.4, 2, n)
+        affine = wide * angle.cos(), shear - tall * angle.sin(), dx, wide * angle.sin(), tall * angle.cos(), dy
+        grid = F.affine_grid(torch.stack(affine, 1).view(n, 2, 3), ink.shape, align_corners=False)
+        grid += 0.1 * _smooth_field(rng, n, 2, 4, 56).permute(0, 2, 3, 1)
+        return F.avg_pool2d(F.grid_sample(ink, grid, align_corners=False), 2), labels
+    return _draw_in_chunks(draw, n, seed)
+
+
+def synthetic_faces(n, seed=0):
+    """Cartoon faces with known, independent, uniform factors, a stand-in for CelebA.
+
+    Returns images uint8 [n, 3, 64, 64], attributes uint8 [n, len(FACE_ATTRIBUTES)] and factors, a dict from each name
+    in FACE_FACTORS to int64 [n]. Light, hues, texture and the head's size, tilt and place vary too, continuously.
+    """
+    def draw(rng, n):
+        codes = torch.stack([torch.randint(k, (n,), generator=rng) for k in FACE_FACTORS.values()], 1)
+        factor = dict(zip(FACE_FACTORS, codes.T[..., None, None]))
+        hair, skin, canvas = (palette[factor[name]].view(n, 3, 1, 1) + _uniform(rng, -0.05, 0.05, n, 3, 1, 1)
+                              for name, palette in FACE_PALETTES.items())
+        hair = hair * (1 + 0.15 * _smooth_field(rng, n, 1, 16, 64))
+        canvas = canvas + 0.12 * _smooth_field(rng, n, 3, 2, 64) + 0.1 * _smooth_field(rng, n, 1, 9, 64)
+        u, v = _local_grid(rng, n, 64, 0.06, 0.12, (0.9, 1.02))  # in the frame of the head, v downwards
+        turn, lift, smile = 0.02 * _uniform(rng, -1, 1, 3, n, 1, 1)
+        turn, smile = turn + 0.055 * (factor["pose"] - 2), smile + 0.07 * (factor["smile"] - 1)
+        x, y, eye_x, eye_y = u - turn, v + lift, (u - turn).abs() - 0.18, v + lift + 0.03  # in that of the features
+        skull, face = torch.hypot(u, v + 0.12) - 0.56, _ellipse(u, v - 0.1, 0.47, 0.58)
+        hairline = torch.where(factor["hair_style"] == 2, v + 0.2, v + 0.42 - 0.5 * (x - 0.1).abs())
+        beard = torch.maximum(face - 0.02, torch.maximum(0.3 - 0.9 * x ** 2 - y, -_ellipse(x, y - 0.38, 0.22, 0.11)))
+        lips = torch.maximum((y - 0.38 + smile * (60 * x ** 2 - 0.5)).abs() - 0.03, x.abs() - 0.17)
+        bridge = torch.maximum(eye_y.abs(), x.abs() - 0.03)
+        _paint(canvas, hair, _ellipse(u, v - 0.05, 0.62, 0.68), factor["hair_style"] == 1)
+        _paint(canvas, hair, torch.maximum(skull, v))
+        _paint(canvas, skin, face)
+        _paint(canvas, hair, torch.maximum(skull, hairline))
+        _paint(canvas, hair, beard, factor["beard"])
+        _paint(canvas, 0.95, _ellipse(eye_x, eye_y, 0.085, 0.06))
+        _paint(canvas, 0.15, _ellipse(eye_x, eye_y, 0.045, 0.05))
+        _paint(canvas, 0.7 * skin, _ellipse(x - 0.4 * turn, y - 0.15, 0.05, 0.08))
+        _paint(canvas, torch.tensor([0.75, 0.2, 0.25]).view(3, 1, 1), lips)
+        glasses = torch.minimum(_ellipse(eye_x, eye_y, 0.14, 0.12).abs(), bridge) - 0.02
+        _paint(canvas, torch.rand(n, 3, 1, 1, generator=rng), glasses, factor["glasses"])
+        return canvas * _uniform(rng, 0.6, 1.15, n, 1, 1, 1) + 0.02 * torch.randn(canvas.shape, generator=rng), codes
+    images, codes = _draw_in_chunks(draw, n, seed)
+    hair, _, skin, glasses, smile, beard, *_ = codes.T
+    attributes = torch.stack([*F.one_hot(hair, 4).T, skin >= 2, glasses, smile == 2, beard], 1).to(torch.uint8)
+    return images, attributes, dict(zip(FACE_FACTORS, codes.T))
+
+
+# ======================================================================================================================
+# 5. Running a grid
+# ======================================================================================================================
+# A figure is a grid of cells; a cell is one training run, a dict of what sets it apart ({"n": 300, "beta": 0.1, ...}).
+# Finished cells are lines of <out>/<script>-<scale>.jsonl and are never run again.
+
+SCALES = ("demo", "cpu", "paper")
+
+
+class UsageError(Exception):
+    """Something the user can mend: scripts print it as one line on stderr and exit with status 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(message + f" (see python {self.prog} --help)")
+
+
+def _checked(convert, valid, wanted):
+    """An argparse type: convert(text), refused with a line that says what is wanted where it fails or is not valid."""
+    def parse(text):
+        try:
+            value = convert(text)
+            if valid(value):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return parse
+
+
+def parse_args(doc, datasets, seeds, argv=None):
+    """Read the command line that all figure scripts share.
+
+    doc: the script's docstring, shown by --help. datasets: {scale: names}, the first one the default.
+    seeds: {scale: default list}. Returns a namespace with figure, scale, dataset, data_dir, out, seeds, jobs, shard
+    ((i, n) or None), plot_only and devices (list of torch devices). Bad values: one line on stderr, exit status 2.
+    """
+    parser = _Parser(prog=Path(sys.argv[0]).name, description=doc, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    count = _checked(int, lambda v: v >= 0, "a whole number from 0 up")
+    parser.add_argument("--gpu", type=_checked(lambda t: [int(v) for v in t.split(",")], lambda v: min(v) >= 0,
+                        "a GPU index such as 0, or a list such as 0,1"),
+                        help="index of the GPU to use, or several: 0,1. Default: the first one if there is any")
+    parser.add_argument("--scale", choices=SCALES, help="demo: synthetic data, two minutes; cpu: real data, reduced; "
+                        "paper: the paper's sizes. Default: paper on a GPU, cpu without")
+    parser.add_argument("--dataset", help="the data; each scale has its own default")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets lie or are downloaded to")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="where rows and plots go, and are looked for")
+    parser.add_argument("--seeds", type=count, nargs="+", help="one run of every cell for each of these seeds")
+    parser.add_argument("--jobs", type=_checked(int, lambda v: v > 0, "a whole number from 1 up"),
+                        help="cells trained at once, in processes. Default: one a GPU, or one a CPU core")
+    parser.add_argument("--shard", type=_checked(lambda t: tuple(int(v) for v in t.split("/")),
+                        lambda v: len(v) == 2 and 0 <= v[0] <= v[1] > 0, "I/N with I from 1 to N (0 counts as N)"),
+                        help="I/N: run every N-th cell only, into a file of its own, for a cluster's job array")
+    parser.add_argument("--plot-only", action="store_true", help="draw from the rows there are, train nothing")
+    try:
+        args = parser.parse_args(argv)
+        args.devices = _devices(args.gpu)
+        args.scale = args.scale or ("cpu" if args.devices[0].type == "cpu" else "paper")
+        args.dataset = args.dataset or datasets[args.scale][0]
+        if args.dataset not in datasets[args.scale]:
+            raise UsageError(f"--dataset {args.dataset!r} is not one that --scale {args.scale} of {parser.prog} takes: "
+                             f"choose {' or '.join(datasets[args.scale])}")
+        args.seeds = list(dict.fromkeys(args.seeds or seeds[args.scale]))
+    except UsageError as error:
+        _exit_with(error, 2)
+    on_cpu = args.devices[0].type == "cpu"
+    args.jobs = args.jobs or (_cores() if on_cpu else len(args.devices))
+    args.figure = Path(sys.argv[0]).stem
+    return args
+
+
+def _devices(gpus):
+    """The torch devices for --gpu; the CPU, with a warning, where a wanted GPU cannot be used."""
+    if gpus is None:
+        return [torch.device("cuda:0")] if torch.cuda.is_available() else [torch.device("cpu")]
+    devices = []
+    for index in gpus:
+        try:
+            torch.zeros(1, device=f"cuda:{index}")
+            devices.append(torch.device(f"cuda:{index}"))
+        except Exception:  # no driver, no such index, an unusable card: torch raises a different type for each
+            print(f"warning: no usable GPU {index} on this machine; going on without it", file=sys.stderr, flush=True)
+    return devices or [torch.device("cpu")]
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _exit_with(error, status):
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+def row_keys(cell):
+    """The rows that a cell stands for: one, or one for each element of the values that are lists."""
+    names = [name for name, value in cell.items() if isinstance(value, (list, tuple))]
+    return [cell | dict(zip(names, values)) for values in itertools.product(*(cell[name] for name in names))]
+
+
+def read_rows(args, folder=None):
+    """All finished rows of this figure, scale and data set, shards included. Torn lines are skipped with a warning."""
+    rows = []
+    folder, stem = Path(folder or args.out), f"{args.figure}-{args.scale}"
+    for path in sorted([*folder.glob(f"{stem}.jsonl"), *folder.glob(f"{stem}.*-of-*.jsonl")]):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            try:
+                row = json.loads(line)
+                row["status"], row["dataset"]
+            except (ValueError, KeyError, TypeError):
+                if line.strip():
+                    print(f"warning: {path}: line {number} is torn; its cell counts as not run", file=sys.stderr)
+                continue
+            rows += [row] if row["dataset"] == args.dataset else []
+    return rows
+
+
+def run_grid(cells, train_cell, args, prepare=None):
+    """Train every cell that has no row yet, once per seed, and return all rows there are.
+
+    cells: list of dicts. train_cell(cell, device, args, progress) returns what was measured as a dict, or a list of
+    dicts where a value of the cell is a list; it sees the cell with "seed" added, calls progress(step, steps, loss) now
+    and then, and raises FloatingPointError (progress does for a loss that is not finite) if training diverges.
+    prepare(args): called once before the first cell, to load the data, so that what is missing is said at once.
+
+    Every finished cell is appended at once as one write to <out>/<figure>-<scale>.jsonl (with --shard, to a file of the
+    shard's own), so that a crash loses the cells in flight and nothing else. On a CPU a cell always runs on one thread,
+    so that its numbers do not depend on --jobs. Ctrl-C exits with status 130; errors that the user can mend, a full
+    disk among them, with status 2 and one line.
+    """
+    try:
+        return _run_grid(cells, train_cell, args, prepare)
+    except (UsageError, OSError) as error:
+        _exit_with(error, 2)
+
+
+def _run_grid(cells, train_cell, args, prepare):
+    cells = [cell | {"seed": seed} for seed in args.seeds for cell in cells]
+    if args.shard:
+        cells = cells[args.shard[0] % args.shard[1]::args.shard[1]]
+    rows = read_rows(args)
+    done = {_key(row, cells) for row in rows}
+    todo = [c for c in cells if not all(_key(key, cells) in done for key in row_keys(c))]
+    device = " ".join(dict.fromkeys(map(_device_name, args.devices)))
+    print(f"{args.figure}: device {device}, scale {args.scale}, data {args.dataset}, {len(cells)} cells, "
+          f"{len(cells) - len(todo)} done", flush=True)
+    if args.plot_only or not todo:
+        if not rows:
+            raise UsageError(f"no rows of {args.figure} at --scale {args.scale} in {args.out}: run without --plot-only")
+        print(f"redrawn from the rows in {args.out}/" + ("" if todo else "; to train anew, add --out elsewhere"))
+        return rows
+    if prepare:
+        prepare(args)
+    suffix = ".{}-of-{}".format(*args.shard) if args.shard else ""
+    path = args.out / f"{args.figure}-{args.scale}{suffix}.jsonl"
+    args.out.mkdir(parents=True, exist_ok=True)
+    _drop_torn_tail(path)
+    common = {"figure": args.figure, "scale": args.scale, "dataset": args.dataset, "torch": torch.__version__,
+              "git": _git_revision()}
+    started = time.monotonic()
+    finished = 0
+    try:
+        with open(path, "ab", buffering=0) as file:
+            for cell, results, seconds in _finished_cells(todo, train_cell, args):
+                new = [common | {"seed": cell["seed"], "status": "ok", "seconds": round(seconds, 1), "device": device}
+                       | key | result for key, result in zip(row_keys(cell), results)]
+                data = "".join(json.dumps(row) + "\n" for row in new).encode()
+                if file.write(data) != len(data):
+                    raise OSError(f"{path}: could not write the whole row: is the disk full?")
+                os.fsync(file.fileno())
+                rows += new
+                finished += 1
+                elapsed = time.monotonic() - started
+                _print_cell(cell, new[-1], finished, len(todo), elapsed)
+    except KeyboardInterrupt:
+        print(f"\nstopped: {finished} of {len(todo)} cells are saved in {path}; the same command goes on from there",
+              file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)  # at once: waiting for the cells in flight would take as long as they do
+    except OSError as error:
+        raise UsageError(f"{error} ({finished} finished cells are safe in {path})") from error
+    return read_rows(args)
+
+
+def _key(row, cells):
+    """What identifies a row: the values of the names that cells have, as text."""
+    names = sorted({name for cell in cells for name in cell})
+    return json.dumps([row.get(name) for name in names])
+
+
+def _drop_torn_tail(path):
+    """Cut off a last line that a crash left unfinished, so that the next row starts a line of its own."""
+    with open(path, "ab+") as file:
+        file.seek(0)
+        data = file.read()
+        tail = data[data.rfind(b"\n") + 1:]
+        if not tail:
+            return
+        try:
+            json.loads(tail)
+            file.write(b"\n")
+        except ValueError:
+            file.truncate(len(data) - len(tail))
+
+
+def _finished_cells(todo, train_cell, args):
+    """Yield (cell, list of results, seconds) as cells finish, from this process or from args.jobs of them."""
+    jobs = min(args.jobs, len(todo))
+    tasks = [(train_cell, cell, args.devices[i % len(args.devices)], args) for i, cell in enumerate(todo)]
+    if jobs == 1:
+        _set_up_process()
+        for task in tasks:
+            yield _run_cell(*task)
+        return
+    context = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(jobs, context, _set_up_worker) as pool:
+        try:
+            for future in futures.as_completed([pool.submit(_run_cell, *task) for task in tasks]):
+                yield future.result()
+        except futures.BrokenExecutor:
+            raise UsageError("a worker process was killed, for want of memory perhaps: try fewer --jobs") from None
+        except Exception:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _run_cell(train_cell, cell, device, args):
+    started = time.monotonic()
+
+    def progress(step, steps, loss):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss {loss} at step {step}")
+        if sys.stdout.isatty():
+            text = " ".join(f"{name}={value}" for name, value in cell.items() if not isinstance(value, (list, tuple)))
+            print(f"\r\033[K{text}: step {step}/{steps}, loss {loss:.3f}\r", end="", flush=True)
+
+    try:
+        results = train_cell(cell, device, args, progress)
+        results = results if isinstance(results, list) else [results]
+        if not all(math.isfinite(v) for result in results for v in result.values() if isinstance(v, float)):
+            raise FloatingPointError("a result is not finite")
+    except FloatingPointError:
+        results = [{"status": "diverged"} for _ in row_keys(cell)]
+    return cell, results, time.monotonic() - started
+
+
+def _set_up_process():
+    """One thread, memory that is kept, and kernels that repeat: same seed, same numbers."""
+    torch.set_num_threads(1)
+    torch.backends.cudnn.deterministic = True
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with contextlib.suppress(OSError, AttributeError):  # glibc: keep freed buffers: faults are a third of a step
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def _set_up_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no orphans if it is killed
+    _set_up_process()
+
+
+def _device_name(device):
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def _git_revision():
+    """Commit of this folder, with -dirty where files differ from it, or "unknown"."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _print_cell(cell, row, finished, total, elapsed):
+    """One line of the progress table: the cell, what was measured, time gone and time to go."""
+    left = elapsed / finished * (total - finished)
+    cells = " ".join(f"{k}={v}" for k, v in cell.items() if not isinstance(v, (list, tuple)))
+    measured = [k for k in row if k.endswith("acc") or k in ("cross_entropy", "information")]
+    values = " ".join(f"{k} {row[k]:<8.4g}" for k in measured) if row["status"] == "ok" else row["status"]
+    clear = "\r\033[K" if sys.stdout.isatty() else ""
+    times = f"{elapsed / 60:6.1f} min, {left / 60:.1f} to go"
+    print(f"{clear}{finished:4d}/{total} {cells:<52} {values} {times}", flush=True)
+
+
+def summarise(rows, x, y, **where):
+    """[(x, mean, spread, count), ...] of key y over the finished rows that fit, by ascending x; spread: sample std."""
+    groups = {}
+    for row in rows:
+        if row["status"] == "ok" and all(row.get(name) == value for name, value in where.items()):
+            groups.setdefault(row[x], []).append(row[y])
+    return [(key, float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v))
+            for key, v in sorted(groups.items())]
+
+
+def save_figure(fig, args, suffix=""):
+    """Write <out>/<figure>-<scale><suffix>.png (150 dpi) and .pdf, each in one step, and close the figure."""
+    import matplotlib.pyplot as plt
+    for ending in ("png", "pdf"):
+        path = args.out / f"{args.figure}-{args.scale}{suffix}.{ending}"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        fig.savefig(temporary, dpi=150, format=ending)
+        os.replace(temporary, path)
+    plt.close(fig)
+    print(f"plot: {args.out / f'{args.figure}-{args.scale}{suffix}.png'} and .pdf", flush=True)
+
+
+def print_claims(claims):
+    """Print the claims table. claims: (sentence, the paper's value, ours, holds: True, False or None, unknown)."""
+    print("\nclaim | paper | ours | holds?\n--- | --- | --- | ---")
+    for sentence, paper, ours, holds in claims:
+        verdict = "not measured" if holds is None else "yes" if holds else "NO"
+        print(f"{sentence} | {paper} | {ours} | {verdict}", flush=True)
