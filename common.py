@@ -345,66 +345,65 @@ def load_cifar10(data_dir="data"):
     """CIFAR-10: (x_train uint8 [50000,3,32,32], y_train int64, x_test [10000,3,32,32], y_test).
 
     Looked for as <data_dir>/cifar10.npz (arrays x_train, y_train, x_test, y_test as in Keras), then torchvision's copy
-    in data_dir, then downloaded by torchvision and written as that npz. DataError where none can be had.
+    in data_dir, then downloaded by torchvision; the last two write that npz. DataError where none can be had.
     """
-    return _train_and_test("cifar10", "CIFAR10", (32, 32, 3), data_dir)
+    return _train_and_test("cifar10", data_dir, (32, 32, 3))
 
 
 def load_mnist(data_dir="data"):
     """MNIST: (x_train uint8 [60000,1,28,28], y_train int64, x_test [10000,1,28,28], y_test). See load_cifar10."""
-    return _train_and_test("mnist", "MNIST", (28, 28), data_dir)
+    return _train_and_test("mnist", data_dir, (28, 28))
 
 
 def load_celeba(data_dir="data"):
     """CelebA at 64x64: (images uint8 [n,3,64,64], attrs uint8 [n,40], attr_names list, partition uint8 [n]).
 
-    partition: 0 train, 1 validation, 2 test. Images are the centre 148x148 of the aligned ones, resized. Looked for as
-    <data_dir>/celeba64.npz (images [n,64,64,3], attrs, attr_names, partition), then torchvision's copy in data_dir,
-    then downloaded by torchvision and written as that npz (2.5 GB). DataError where none can be had.
+    partition: 0 train, 1 validation, 2 test. Images are the centre 148x148 of the aligned ones, resized; 2.5 GB in all.
+    Looked for as <data_dir>/celeba64.npz (images [n,64,64,3], attrs, attr_names, partition), and so on as load_cifar10.
     """
-    names = ("images", "attrs", "attr_names", "partition")
-    images, attrs, attr_names, partition = _arrays("celeba64", names, data_dir, _torchvision_celeba, (64, 64, 3))
+    names = "images", "attrs", "attr_names", "partition"
+    images, attrs, attr_names, partition = _arrays("celeba64", data_dir, names, (64, 64, 3), _celeba_of_torchvision)
     images = rearrange(torch.from_numpy(images), "n h w c -> n c h w")
     return images, torch.from_numpy(attrs), [str(name) for name in attr_names], torch.from_numpy(partition)
 
 
-def _train_and_test(name, torchvision_name, shape, data_dir):
-    def from_torchvision(download):
+def _train_and_test(name, data_dir, shape):
+    def of_torchvision(data_dir, download):
         from torchvision import datasets
-        sets = [getattr(datasets, torchvision_name)(str(data_dir), train, download=download) for train in (True, False)]
-        return {key + split: np.asarray(value, np.uint8) for split, data in zip(("train", "test"), sets)
-                for key, value in (("x_", data.data), ("y_", data.targets))}
+        train, test = (getattr(datasets, name.upper())(data_dir, part, download=download) for part in (True, False))
+        return {"x_train": train.data, "y_train": train.targets, "x_test": test.data, "y_test": test.targets}
 
-    names = ("x_train", "y_train", "x_test", "y_test")
-    arrays = [torch.from_numpy(a) for a in _arrays(name, names, data_dir, from_torchvision, shape)]
+    names = "x_train", "y_train", "x_test", "y_test"
+    x, y, x_test, y_test = map(torch.from_numpy, _arrays(name, data_dir, names, shape, of_torchvision))
     pattern = "n h w c -> n c h w" if len(shape) == 3 else "n h w -> n 1 h w"
-    return tuple(rearrange(a, pattern) if key[0] == "x" else a.flatten().long() for key, a in zip(names, arrays))
+    return rearrange(x, pattern), y.flatten().long(), rearrange(x_test, pattern), y_test.flatten().long()
 
 
-def _torchvision_celeba(download, data_dir):
+def _celeba_of_torchvision(data_dir, download):
     from torchvision import datasets, transforms
     crop = transforms.Compose([transforms.CenterCrop(148), transforms.Resize((64, 64))])
-    data = datasets.CelebA(str(data_dir), "all", transform=crop, download=download)
+    data = datasets.CelebA(data_dir, "all", transform=crop, download=download)
     images = np.empty((len(data), 64, 64, 3), np.uint8)
     for i in range(len(data)):
         images[i] = np.asarray(data[i][0])
-    partition = np.loadtxt(Path(data_dir) / "celeba" / "list_eval_partition.txt", usecols=1, dtype=np.uint8)
-    names = np.array([name for name in data.attr_names if name])  # the file's header ends in a blank
-    return {"images": images, "attrs": data.attr.numpy().astype(np.uint8), "attr_names": names, "partition": partition}
+    partition = np.loadtxt(Path(data_dir, "celeba", "list_eval_partition.txt"), usecols=1, dtype=np.uint8)
+    names = [name for name in data.attr_names if name]  # the file's header ends in a blank
+    return {"images": images, "attrs": data.attr, "attr_names": names, "partition": partition}
 
 
-def _arrays(name, keys, data_dir, from_torchvision, shape):
+def _arrays(name, data_dir, keys, shape, of_torchvision):
     """The arrays of <data_dir>/<name>.npz, which is first made from torchvision's copy or download if need be."""
-    path = Path(data_dir) / f"{name}.npz"
+    path = Path(data_dir, f"{name}.npz")
     if not path.exists():
         try:
-            arrays = from_torchvision(download=False)
-        except (RuntimeError, OSError):  # torchvision's ways of saying that its files are not there
             try:
-                print(f"{name}: not in {data_dir}/, downloading with torchvision ...", file=sys.stderr, flush=True)
-                arrays = from_torchvision(download=True)
-            except Exception as error:  # urllib, gdown, md5 and tar each raise their own
-                raise DataError(_how_to_get(name, path, keys, error)) from error
+                arrays = of_torchvision(str(data_dir), download=False)
+            except (RuntimeError, OSError):  # torchvision's ways to say that it has no copy
+                print(f"{path} is not there, trying torchvision's download", flush=True)
+                arrays = of_torchvision(str(data_dir), download=True)
+        except Exception as error:  # urllib, gdown, tar and md5 checks each raise their own
+            raise DataError(_how_to_get(path, keys, error)) from error
+        arrays = {key: np.asarray(value, None if key == "attr_names" else np.uint8) for key, value in arrays.items()}
         temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
         try:
             np.savez(temporary, **arrays)
@@ -414,29 +413,28 @@ def _arrays(name, keys, data_dir, from_torchvision, shape):
         return [arrays[key] for key in keys]
     try:
         with np.load(path) as file:
-            missing = [key for key in keys if key not in file.files]
-            arrays = [] if missing else [file[key] for key in keys]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = {key: file[key] for key in keys if key in file.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is damaged ({error}): delete it to have it made anew, or use --scale demo") from error
-    if missing:
+    if missing := [key for key in keys if key not in arrays]:
         raise DataError(f"{path} lacks {', '.join(missing)}: it should hold the arrays {', '.join(keys)}")
-    for key, array in zip(keys, arrays):
+    for key, array in arrays.items():
         if key in ("x_train", "x_test", "images") and (array.shape[1:] != shape or array.dtype != np.uint8):
             raise DataError(f"{path}: {key} is {array.dtype} {array.shape}, it should be uint8 {('n', *shape)}")
-    return arrays
+    return [arrays[key] for key in keys]
 
 
-def _how_to_get(name, path, keys, error):
+def _how_to_get(path, keys, error):
     """One line: what is missing, why it could not be had, and the ways out."""
-    if name == "celeba64":
-        files = ("img_align_celeba/ (unzipped), list_attr_celeba.txt, identity_CelebA.txt, list_bbox_celeba.txt, "
-                 "list_landmarks_align_celeba.txt and list_eval_partition.txt")
+    if path.stem == "celeba64":
         hand = ("torchvision needs the package gdown (pip install gdown), and Google Drive has a daily quota; by hand: "
-                f"get {files} from mmlab.ie.cuhk.edu.hk/projects/CelebA.html and put them into {path.parent}/celeba/")
+                "get img_align_celeba/ (unzipped), list_attr_celeba.txt, identity_CelebA.txt, list_bbox_celeba.txt, "
+                "list_landmarks_align_celeba.txt and list_eval_partition.txt from "
+                f"mmlab.ie.cuhk.edu.hk/projects/CelebA.html and put them into {path.parent}/celeba/")
     else:
-        hand = f"on a machine with network run this there and copy {path} here (arrays {', '.join(keys)})"
+        hand = f"run this once where there is a network, or put a {path.name} there with arrays {', '.join(keys)}"
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return f"no {path}, and the download failed ({reason}). {hand}. Or use --scale demo, which needs no data"
+    return f"no {path}, and the download failed ({reason}): {hand}; --scale demo needs no data"
 
 
 def corrupt_labels(labels, fraction, num_classes, generator):
@@ -622,10 +620,7 @@ def synthetic_faces(n, seed=0):
 # 5. Running a grid
 # ======================================================================================================================
 # A figure is a grid of cells; a cell is one training run, a dict of what sets it apart ({"n": 300, "beta": 0.1, ...}).
-# Finished cells are lines of <out>/<script>-<scale>.jsonl and are never run again.
-
-SCALES = ("demo", "cpu", "paper")
-
+# Finished cells are lines of <out>/<figure>-<scale>.jsonl and are never run again.
 
 class UsageError(Exception):
     """Something the user can mend: scripts print it as one line on stderr and exit with status 2."""
@@ -633,248 +628,227 @@ class UsageError(Exception):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UsageError(message + f" (see python {self.prog} --help)")
-
-
-def _checked(convert, valid, wanted):
-    """An argparse type: convert(text), refused with a line that says what is wanted where it fails or is not valid."""
-    def parse(text):
-        try:
-            value = convert(text)
-            if valid(value):
-                return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return parse
+        raise UsageError(f"{message} (see python {self.prog} --help)")
 
 
 def parse_args(doc, datasets, seeds, argv=None):
     """Read the command line that all figure scripts share.
 
-    doc: the script's docstring, shown by --help. datasets: {scale: names}, the first one the default.
-    seeds: {scale: default list}. Returns a namespace with figure, scale, dataset, data_dir, out, seeds, jobs, shard
-    ((i, n) or None), plot_only and devices (list of torch devices). Bad values: one line on stderr, exit status 2.
+    doc: the script's docstring, for --help. datasets: {scale: names}, the first the default. seeds: {scale: list}.
+    Returns a namespace: figure, scale, dataset, data_dir, out, seeds, jobs, shard ((i, n) or None), plot_only, devices
+    (list of torch devices). Bad values: one line on stderr, exit status 2.
     """
+    def checked(convert, valid, wanted):
+        def parse(text):
+            try:
+                value = convert(text)
+                if valid(value):
+                    return value
+            except ValueError:
+                pass
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return parse
+
+    gpus = checked(lambda t: [int(v) for v in t.split(",")], lambda v: min(v) >= 0, "a GPU index such as 0, or 0,1")
+    shard = checked(lambda t: tuple(int(v) for v in t.split("/")), lambda v: len(v) == 2 and 0 <= v[0] <= v[1] > 0,
+                    "I/N with I from 1 to N (0 counts as N)")
     parser = _Parser(prog=Path(sys.argv[0]).name, description=doc, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    count = _checked(int, lambda v: v >= 0, "a whole number from 0 up")
-    parser.add_argument("--gpu", type=_checked(lambda t: [int(v) for v in t.split(",")], lambda v: min(v) >= 0,
-                        "a GPU index such as 0, or a list such as 0,1"),
-                        help="index of the GPU to use, or several: 0,1. Default: the first one if there is any")
-    parser.add_argument("--scale", choices=SCALES, help="demo: synthetic data, two minutes; cpu: real data, reduced; "
-                        "paper: the paper's sizes. Default: paper on a GPU, cpu without")
-    parser.add_argument("--dataset", help="the data; each scale has its own default")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets lie or are downloaded to")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="where rows and plots go, and are looked for")
-    parser.add_argument("--seeds", type=count, nargs="+", help="one run of every cell for each of these seeds")
-    parser.add_argument("--jobs", type=_checked(int, lambda v: v > 0, "a whole number from 1 up"),
-                        help="cells trained at once, in processes. Default: one a GPU, or one a CPU core")
-    parser.add_argument("--shard", type=_checked(lambda t: tuple(int(v) for v in t.split("/")),
-                        lambda v: len(v) == 2 and 0 <= v[0] <= v[1] > 0, "I/N with I from 1 to N (0 counts as N)"),
-                        help="I/N: run every N-th cell only, into a file of its own, for a cluster's job array")
-    parser.add_argument("--plot-only", action="store_true", help="draw from the rows there are, train nothing")
+    add = parser.add_argument
+    add("--gpu", type=gpus, metavar="0", help="index of the GPU to use, or several: 0,1. Default: the first, if any")
+    add("--scale", choices=list(datasets), help="demo: synthetic data, under two minutes; cpu: real data, reduced; "
+        "paper: the paper's sizes. Default: paper on a GPU, cpu without")
+    add("--dataset", help="the data, where a scale has a choice: " + "; ".join(
+        f"{scale}: {' or '.join(names)}" for scale, names in datasets.items()))
+    add("--data-dir", type=Path, default=Path("data"), help="where data sets lie or are downloaded to (data)")
+    add("--out", type=Path, default=Path("results"), help="where rows and plots go, and are looked for (results)")
+    add("--seeds", type=checked(int, lambda v: v >= 0, "a whole number from 0 up"), nargs="+", metavar="0",
+        help="run every cell once for each of these seeds")
+    add("--jobs", type=checked(int, lambda v: v > 0, "a whole number from 1 up"), metavar="K",
+        help="cells trained at once, in processes, each on one CPU thread. Default: one a GPU, or one a CPU core")
+    add("--shard", type=shard, metavar="I/N", help="run every N-th cell only, into a file of its own: for job arrays")
+    add("--plot-only", action="store_true", help="draw from the rows there are, train nothing")
     try:
         args = parser.parse_args(argv)
         args.devices = _devices(args.gpu)
-        args.scale = args.scale or ("cpu" if args.devices[0].type == "cpu" else "paper")
+        on_cpu = args.devices[0].type == "cpu"
+        args.scale = args.scale or ("cpu" if on_cpu else "paper")
         args.dataset = args.dataset or datasets[args.scale][0]
         if args.dataset not in datasets[args.scale]:
-            raise UsageError(f"--dataset {args.dataset!r} is not one that --scale {args.scale} of {parser.prog} takes: "
-                             f"choose {' or '.join(datasets[args.scale])}")
-        args.seeds = list(dict.fromkeys(args.seeds or seeds[args.scale]))
+            parser.error(f"argument --dataset: {args.dataset!r} does not go with --scale {args.scale}: "
+                         f"choose {' or '.join(datasets[args.scale])}")
     except UsageError as error:
-        _exit_with(error, 2)
-    on_cpu = args.devices[0].type == "cpu"
-    args.jobs = args.jobs or (_cores() if on_cpu else len(args.devices))
+        _exit_with(error)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    args.jobs = args.jobs or (cores if on_cpu else len(args.devices))
+    args.seeds = list(dict.fromkeys(args.seeds or seeds[args.scale]))
     args.figure = Path(sys.argv[0]).stem
     return args
 
 
 def _devices(gpus):
-    """The torch devices for --gpu; the CPU, with a warning, where a wanted GPU cannot be used."""
+    """The torch devices of --gpu: the CPU, with a warning, where a wanted GPU cannot be used."""
     if gpus is None:
-        return [torch.device("cuda:0")] if torch.cuda.is_available() else [torch.device("cpu")]
+        gpus = [0] if torch.cuda.is_available() else []
     devices = []
     for index in gpus:
         try:
             torch.zeros(1, device=f"cuda:{index}")
             devices.append(torch.device(f"cuda:{index}"))
-        except Exception:  # no driver, no such index, an unusable card: torch raises a different type for each
-            print(f"warning: no usable GPU {index} on this machine; going on without it", file=sys.stderr, flush=True)
+        except Exception:  # no driver, no such index, an unusable card: torch raises another type for each
+            print(f"warning: --gpu {index} is not usable on this machine, going on without it", file=sys.stderr)
     return devices or [torch.device("cpu")]
 
 
-def _cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _exit_with(error, status):
+def _exit_with(error):
     print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(status)
-
-
-def row_keys(cell):
-    """The rows that a cell stands for: one, or one for each element of the values that are lists."""
-    names = [name for name, value in cell.items() if isinstance(value, (list, tuple))]
-    return [cell | dict(zip(names, values)) for values in itertools.product(*(cell[name] for name in names))]
-
-
-def read_rows(args, folder=None):
-    """All finished rows of this figure, scale and data set, shards included. Torn lines are skipped with a warning."""
-    rows = []
-    folder, stem = Path(folder or args.out), f"{args.figure}-{args.scale}"
-    for path in sorted([*folder.glob(f"{stem}.jsonl"), *folder.glob(f"{stem}.*-of-*.jsonl")]):
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                row["status"], row["dataset"]
-            except (ValueError, KeyError, TypeError):
-                if line.strip():
-                    print(f"warning: {path}: line {number} is torn; its cell counts as not run", file=sys.stderr)
-                continue
-            rows += [row] if row["dataset"] == args.dataset else []
-    return rows
+    raise SystemExit(2)
 
 
 def run_grid(cells, train_cell, args, prepare=None):
-    """Train every cell that has no row yet, once per seed, and return all rows there are.
+    """Train every cell that has no row yet, once for each seed, and return all rows there are.
 
-    cells: list of dicts. train_cell(cell, device, args, progress) returns what was measured as a dict, or a list of
-    dicts where a value of the cell is a list; it sees the cell with "seed" added, calls progress(step, steps, loss) now
-    and then, and raises FloatingPointError (progress does for a loss that is not finite) if training diverges.
-    prepare(args): called once before the first cell, to load the data, so that what is missing is said at once.
+    cells: list of dicts. train_cell(cell, device, args, progress) returns what was measured as a dict; where a value of
+    the cell is a list, a list of dicts, a row for each element. It sees the cell with "seed" added and calls
+    progress(step, steps, loss) now and then; FloatingPointError, which progress raises for a loss that is not finite,
+    is recorded as status "diverged". prepare(args) is called once before the first cell, to load the data.
 
-    Every finished cell is appended at once as one write to <out>/<figure>-<scale>.jsonl (with --shard, to a file of the
-    shard's own), so that a crash loses the cells in flight and nothing else. On a CPU a cell always runs on one thread,
-    so that its numbers do not depend on --jobs. Ctrl-C exits with status 130; errors that the user can mend, a full
-    disk among them, with status 2 and one line.
+    A finished cell is appended at once, in one write, to <out>/<figure>-<scale>.jsonl (--shard: to a file of its own),
+    so that a crash loses the cells in flight and nothing else. A cell on the CPU runs on one thread, whatever --jobs:
+    its numbers stay the same. Ctrl-C: exit status 130. What the user can mend, a full disk say: one line, status 2.
     """
     try:
-        return _run_grid(cells, train_cell, args, prepare)
+        rows = _run_missing_cells(cells, train_cell, args, prepare)
+        if not rows:
+            raise UsageError(f"no rows of {args.figure} at --scale {args.scale} with --dataset {args.dataset} in "
+                             f"{args.out}: run without --plot-only first")
+        if all(row["status"] == "diverged" for row in rows):
+            raise UsageError(f"all {len(rows)} rows in {args.out} diverged: there is nothing to draw")
+        return rows
     except (UsageError, OSError) as error:
-        _exit_with(error, 2)
+        _exit_with(error)
+    except KeyboardInterrupt:
+        print(f"\nstopped: finished cells are safe in {args.out}; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
-def _run_grid(cells, train_cell, args, prepare):
+def _run_missing_cells(cells, train_cell, args, prepare):
     cells = [cell | {"seed": seed} for seed in args.seeds for cell in cells]
     if args.shard:
-        cells = cells[args.shard[0] % args.shard[1]::args.shard[1]]
+        cells = cells[(args.shard[0] - 1) % args.shard[1]::args.shard[1]]
+    names = sorted({name for cell in cells for name in cell})
     rows = read_rows(args)
-    done = {_key(row, cells) for row in rows}
-    todo = [c for c in cells if not all(_key(key, cells) in done for key in row_keys(c))]
-    device = " ".join(dict.fromkeys(map(_device_name, args.devices)))
+    done = {_key(row, names) for row in rows}
+    todo = [cell for cell in cells if not all(_key(row, names) in done for row in _rows_of(cell))]
+    device = " ".join("cpu" if d.type == "cpu" else torch.cuda.get_device_name(d) for d in args.devices)
     print(f"{args.figure}: device {device}, scale {args.scale}, data {args.dataset}, {len(cells)} cells, "
           f"{len(cells) - len(todo)} done", flush=True)
     if args.plot_only or not todo:
-        if not rows:
-            raise UsageError(f"no rows of {args.figure} at --scale {args.scale} in {args.out}: run without --plot-only")
-        print(f"redrawn from the rows in {args.out}/" + ("" if todo else "; to train anew, add --out elsewhere"))
+        print("redrawing" + ("" if args.plot_only else "; to train anew, add --out elsewhere"), flush=True)
         return rows
     if prepare:
         prepare(args)
-    suffix = ".{}-of-{}".format(*args.shard) if args.shard else ""
-    path = args.out / f"{args.figure}-{args.scale}{suffix}.jsonl"
+    stem = f"{args.figure}-{args.scale}" + (".{}-of-{}".format(*args.shard) if args.shard else "")
+    path = args.out / f"{stem}.jsonl"
+    shared = {"figure": args.figure, "scale": args.scale, "dataset": args.dataset, "status": "ok", "device": device,
+              "torch": torch.__version__, "git": _git_revision()}
+    started = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     _drop_torn_tail(path)
-    common = {"figure": args.figure, "scale": args.scale, "dataset": args.dataset, "torch": torch.__version__,
-              "git": _git_revision()}
-    started = time.monotonic()
-    finished = 0
-    try:
-        with open(path, "ab", buffering=0) as file:
-            for cell, results, seconds in _finished_cells(todo, train_cell, args):
-                new = [common | {"seed": cell["seed"], "status": "ok", "seconds": round(seconds, 1), "device": device}
-                       | key | result for key, result in zip(row_keys(cell), results)]
-                data = "".join(json.dumps(row) + "\n" for row in new).encode()
-                if file.write(data) != len(data):
-                    raise OSError(f"{path}: could not write the whole row: is the disk full?")
-                os.fsync(file.fileno())
-                rows += new
-                finished += 1
-                elapsed = time.monotonic() - started
-                _print_cell(cell, new[-1], finished, len(todo), elapsed)
-    except KeyboardInterrupt:
-        print(f"\nstopped: {finished} of {len(todo)} cells are saved in {path}; the same command goes on from there",
-              file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(130)  # at once: waiting for the cells in flight would take as long as they do
-    except OSError as error:
-        raise UsageError(f"{error} ({finished} finished cells are safe in {path})") from error
+    with open(path, "ab", buffering=0) as file, contextlib.closing(_finished_cells(todo, train_cell, args)) as finished:
+        for count, (cell, results, seconds) in enumerate(finished, 1):
+            new = [shared | {"seconds": round(seconds, 1)} | row | result
+                   for row, result in zip(_rows_of(cell), results)]
+            data = "".join(json.dumps(row) + "\n" for row in new).encode()
+            if file.write(data) != len(data):
+                raise OSError(f"{path}: only part of a row could be written, is the disk full?")
+            os.fsync(file.fileno())
+            _print_row(cell, new[-1], count, len(todo), time.monotonic() - started)
     return read_rows(args)
 
 
-def _key(row, cells):
-    """What identifies a row: the values of the names that cells have, as text."""
-    names = sorted({name for cell in cells for name in cell})
+def read_rows(args):
+    """All finished rows of this figure, scale and data set, those of shards included; torn lines draw a warning."""
+    rows = []
+    stem = f"{args.figure}-{args.scale}"
+    for path in sorted([*args.out.glob(f"{stem}.jsonl"), *args.out.glob(f"{stem}.*-of-*.jsonl")]):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                rows += [row] if row["dataset"] == args.dataset else []
+            except (ValueError, KeyError, TypeError):
+                print(f"warning: {path}: line {number} is torn, its cell counts as not run", file=sys.stderr)
+    return rows
+
+
+def _rows_of(cell):
+    """The rows that a cell stands for: one for each element of the values that are lists."""
+    names = [name for name, value in cell.items() if isinstance(value, list)]
+    return [cell | dict(zip(names, values)) for values in zip(*(cell[name] for name in names))] if names else [cell]
+
+
+def _key(row, names):
     return json.dumps([row.get(name) for name in names])
 
 
 def _drop_torn_tail(path):
     """Cut off a last line that a crash left unfinished, so that the next row starts a line of its own."""
-    with open(path, "ab+") as file:
-        file.seek(0)
-        data = file.read()
-        tail = data[data.rfind(b"\n") + 1:]
-        if not tail:
-            return
-        try:
-            json.loads(tail)
-            file.write(b"\n")
-        except ValueError:
-            file.truncate(len(data) - len(tail))
+    if path.is_file() and (tail := path.read_bytes().rpartition(b"\n")[2]):
+        with open(path, "r+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                json.loads(tail)
+                file.write(b"\n")
+            except ValueError:
+                file.truncate(end - len(tail))
 
 
 def _finished_cells(todo, train_cell, args):
-    """Yield (cell, list of results, seconds) as cells finish, from this process or from args.jobs of them."""
-    jobs = min(args.jobs, len(todo))
+    """Yield (cell, list of results, seconds) as cells finish, in this process or in args.jobs of them."""
     tasks = [(train_cell, cell, args.devices[i % len(args.devices)], args) for i, cell in enumerate(todo)]
-    if jobs == 1:
+    if min(args.jobs, len(todo)) == 1:
         _set_up_process()
-        for task in tasks:
-            yield _run_cell(*task)
+        yield from (_run_cell(*task) for task in tasks)
         return
-    context = multiprocessing.get_context("spawn")
-    with futures.ProcessPoolExecutor(jobs, context, _set_up_worker) as pool:
-        try:
-            for future in futures.as_completed([pool.submit(_run_cell, *task) for task in tasks]):
-                yield future.result()
-        except futures.BrokenExecutor:
-            raise UsageError("a worker process was killed, for want of memory perhaps: try fewer --jobs") from None
-        except Exception:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = futures.ProcessPoolExecutor(min(args.jobs, len(todo)), multiprocessing.get_context("spawn"), _set_up_worker)
+    try:
+        for future in futures.as_completed([pool.submit(_run_cell, *task) for task in tasks]):
+            yield future.result()
+    except futures.BrokenExecutor:
+        raise UsageError("a worker process was killed, for want of memory perhaps: try fewer --jobs") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.terminate()
 
 
 def _run_cell(train_cell, cell, device, args):
-    started = time.monotonic()
-
     def progress(step, steps, loss):
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss {loss} at step {step}")
         if sys.stdout.isatty():
-            text = " ".join(f"{name}={value}" for name, value in cell.items() if not isinstance(value, (list, tuple)))
-            print(f"\r\033[K{text}: step {step}/{steps}, loss {loss:.3f}\r", end="", flush=True)
+            print(f"\r\033[K{_describe(cell)}: step {step}/{steps}, loss {loss:.3f}\r", end="", flush=True)
 
+    started = time.monotonic()
     try:
         results = train_cell(cell, device, args, progress)
         results = results if isinstance(results, list) else [results]
         if not all(math.isfinite(v) for result in results for v in result.values() if isinstance(v, float)):
             raise FloatingPointError("a result is not finite")
     except FloatingPointError:
-        results = [{"status": "diverged"} for _ in row_keys(cell)]
+        results = [{"status": "diverged"}] * len(_rows_of(cell))
     return cell, results, time.monotonic() - started
 
 
 def _set_up_process():
-    """One thread, memory that is kept, and kernels that repeat: same seed, same numbers."""
+    """One thread and kernels that repeat (same seed, same numbers), and memory that is kept between steps."""
     torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    with contextlib.suppress(OSError, AttributeError):  # glibc: keep freed buffers: faults are a third of a step
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    with contextlib.suppress(OSError, AttributeError):  # glibc gives buffers back: page faults, a third of a step
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def _set_up_worker():
@@ -884,12 +858,8 @@ def _set_up_worker():
     _set_up_process()
 
 
-def _device_name(device):
-    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-
-
 def _git_revision():
-    """Commit of this folder, with -dirty where files differ from it, or "unknown"."""
+    """Commit of this folder, with -dirty where files differ from it; "unknown" where there is none."""
     try:
         return subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=Path(__file__).parent,
                               capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -897,15 +867,17 @@ def _git_revision():
         return "unknown"
 
 
-def _print_cell(cell, row, finished, total, elapsed):
+def _describe(cell):
+    return " ".join(f"{name}={value}" for name, value in cell.items() if not isinstance(value, list))
+
+
+def _print_row(cell, row, count, total, elapsed):
     """One line of the progress table: the cell, what was measured, time gone and time to go."""
-    left = elapsed / finished * (total - finished)
-    cells = " ".join(f"{k}={v}" for k, v in cell.items() if not isinstance(v, (list, tuple)))
     measured = [k for k in row if k.endswith("acc") or k in ("cross_entropy", "information")]
     values = " ".join(f"{k} {row[k]:<8.4g}" for k in measured) if row["status"] == "ok" else row["status"]
     clear = "\r\033[K" if sys.stdout.isatty() else ""
-    times = f"{elapsed / 60:6.1f} min, {left / 60:.1f} to go"
-    print(f"{clear}{finished:4d}/{total} {cells:<52} {values} {times}", flush=True)
+    print(f"{clear}{count:4d}/{total} {_describe(cell):<52} {values} {elapsed / 60:.1f} min, "
+          f"{elapsed / 60 / count * (total - count):.1f} to go", flush=True)
 
 
 def summarise(rows, x, y, **where):
@@ -918,21 +890,40 @@ def summarise(rows, x, y, **where):
             for key, v in sorted(groups.items())]
 
 
-def save_figure(fig, args, suffix=""):
-    """Write <out>/<figure>-<scale><suffix>.png (150 dpi) and .pdf, each in one step, and close the figure."""
+def new_figure(rows, columns, title):
+    """A figure in the house style and its axes (rows, columns): drawn to files, never to a window."""
     import matplotlib.pyplot as plt
-    for ending in ("png", "pdf"):
-        path = args.out / f"{args.figure}-{args.scale}{suffix}.{ending}"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        fig.savefig(temporary, dpi=150, format=ending)
-        os.replace(temporary, path)
-    plt.close(fig)
-    print(f"plot: {args.out / f'{args.figure}-{args.scale}{suffix}.png'} and .pdf", flush=True)
+    plt.switch_backend("agg")
+    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "font.size": 9, "axes.titlesize": 10,
+                         "legend.fontsize": 7})
+    size = 4.3 * columns, 4.0 * rows + 0.4
+    fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    fig.suptitle(title)
+    return fig, axes
+
+
+def plot_points(ax, points, fmt="o-", **style):
+    """Draw what summarise returns: means, with the seeds' spread as error bars."""
+    if points:
+        x, mean, spread, _ = zip(*points)
+        ax.errorbar(x, mean, spread, fmt=fmt, ms=4, capsize=2, lw=1.2, **style)
+
+
+def save_figure(fig, args):
+    """Write <out>/<figure>-<scale>.png (150 dpi) and .pdf, each in one step."""
+    try:
+        for ending in ("png", "pdf"):
+            path = args.out / f"{args.figure}-{args.scale}.{ending}"
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            fig.savefig(temporary, dpi=150, format=ending)
+            os.replace(temporary, path)
+    except OSError as error:
+        _exit_with(error)
+    print(f"plot: {path.with_suffix('.png')} and .pdf", flush=True)
 
 
 def print_claims(claims):
     """Print the claims table. claims: (sentence, the paper's value, ours, holds: True, False or None, unknown)."""
     print("\nclaim | paper | ours | holds?\n--- | --- | --- | ---")
     for sentence, paper, ours, holds in claims:
-        verdict = "not measured" if holds is None else "yes" if holds else "NO"
-        print(f"{sentence} | {paper} | {ours} | {verdict}", flush=True)
+        print(f"{sentence} | {paper} | {ours} | {'not measured' if holds is None else 'yes' if holds else 'NO'}")

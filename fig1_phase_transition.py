@@ -19,15 +19,16 @@ Accuracy and cross-entropy are those of sampled weights on the train set, unless
 import functools
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
-from matplotlib.tri import LinearTriInterpolator, Triangulation
+from matplotlib.tri import Triangulation
 from torch.optim.swa_utils import update_bn
 
 from common import (StochasticConv2d, StochasticLinear, corrupt_labels, ib_loss, label_information, load_cifar10,
-                    parse_args, print_claims, run_grid, sample_weights, save_figure, summarise, synthetic_objects,
-                    weight_information)
+                    new_figure, parse_args, plot_points, print_claims, run_grid, sample_weights, save_figure, summarise,
+                    synthetic_objects, weight_information)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings. `hysteresis` lists the N for which the two ends of the range are measured, `ladder` the beta they step over.
@@ -53,28 +54,34 @@ LR, LR_NOISE = 3e-3, 0.04  # Adam's learning rates of the means and of log sigma
 # ----------------------------------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=1)
 def load_data(dataset, data_dir):
-    """(x_train, y_train, x_test, y_test): central 28x28 crops, float, normalised by the global channel statistics."""
+    """(x_train, y_train, x_test, y_test) as loaded, uint8, and the mean and std of each channel of x_train."""
     if dataset == "synthetic":
-        x_train, y_train = synthetic_objects(2000, seed=0)
-        x_test, y_test = synthetic_objects(2000, seed=1)
+        data = *synthetic_objects(2000, seed=0), *synthetic_objects(2000, seed=1)
     else:
-        x_train, y_train, x_test, y_test = load_cifar10(data_dir)
-    mean = x_train.double().mean((0, 2, 3), keepdim=True).float()
-    std = x_train.double().std((0, 2, 3), keepdim=True).float()
-    return tuple(((x[:, :, 2:30, 2:30].float() - mean) / std).contiguous(memory_format=torch.channels_last)
-                 if x.dim() == 4 else x for x in (x_train, y_train, x_test, y_test))
+        data = load_cifar10(data_dir)
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in data[0].unbind(1)]).double()
+    levels, counts = torch.arange(256.0).double(), counts / counts.sum(1, keepdim=True)
+    mean = counts @ levels
+    return *data, mean, (counts @ levels**2 - mean**2).sqrt()
 
 
-def make_cell_data(n, labels, seed, settings, device, dataset, data_dir):
-    """N training images, their labels or random ones, and the test set, all drawn by the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    x_train, y_train, x_test, y_test = load_data(dataset, data_dir)
-    pick = torch.randperm(len(x_train), generator=generator)[:n]  # rows may be sorted by class
-    x, y = x_train[pick], y_train[pick]
-    if labels == "random":
+def make_cell_data(cell, test, device, args):
+    """N training images with their own or random labels, and the test set, drawn by the seed: x, y, x_test, y_test.
+
+    Images are central 28x28 crops, normalised by the global channel statistics. Rows may be sorted by class.
+    """
+    generator = torch.Generator().manual_seed(cell["seed"])
+    x, y, x_test, y_test, mean, std = load_data(args.dataset, args.data_dir)
+    pick = torch.randperm(len(x), generator=generator)[:cell["n"]]
+    x, y = x[pick], y[pick]
+    if cell["labels"] == "random":
         y = corrupt_labels(y, 1.0, 10, generator)
-    pick = torch.randperm(len(x_test), generator=generator)[:settings["test"]]
-    return [t.to(device) for t in (x, y, x_test[pick], y_test[pick])]
+    pick = torch.randperm(len(x_test), generator=generator)[:test]
+    x_test, y_test = x_test[pick], y_test[pick]
+    mean, std = (v.view(1, 3, 1, 1).float() for v in (mean, std))
+    x, x_test = (((v[:, :, 2:30, 2:30].float() - mean) / std).contiguous(memory_format=torch.channels_last)
+                 for v in (x, x_test))
+    return [t.to(device) for t in (x, y, x_test, y_test)]
 
 
 def small_alexnet(width=1.0):
@@ -97,7 +104,7 @@ def train_cell(cell, device, args, progress):
     s = SETTINGS[args.scale]
     torch.manual_seed(cell["seed"])
     n = cell["n"]
-    x, y, x_test, y_test = make_cell_data(n, cell["labels"], cell["seed"], s, device, args.dataset, args.data_dir)
+    x, y, x_test, y_test = make_cell_data(cell, s["test"], device, args)
     model = small_alexnet(s["width"]).to(device)
     noise = [p for name, p in model.named_parameters() if name.endswith("log_sigma2")]
     rest = [p for name, p in model.named_parameters() if not name.endswith("log_sigma2")]
@@ -178,224 +185,206 @@ def accuracy(logits, labels):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plot and claims
+# What the rows say
 # ----------------------------------------------------------------------------------------------------------------------
 # The paper's Fig. 1, digitised: beta at which train accuracy on random labels falls through 55%, for each N
 PAPER_CROSSING = {100: 1.3, 300: 0.49, 1000: 0.63, 3000: 0.74, 10_000: 0.60, 30_000: 0.33, 48_000: 0.29}
 LOG10 = math.log(10)  # nats in a random label, and the loss of a net that knows nothing
 
 
-def crossing(betas, values, level):
-    """First beta at which a falling curve passes the level, linear in log beta; nan if it does not."""
-    for (b0, v0), (b1, v1) in zip(zip(betas, values), zip(betas[1:], values[1:])):
+def crossing(points, level):
+    """First beta at which a curve falls through the level, linear in log beta; nan if it does not."""
+    for (b0, v0, *_), (b1, v1, *_) in zip(points, points[1:]):
         if v0 >= level > v1:
-            return math.exp(math.log(b0) + (v0 - level) / (v0 - v1) * (math.log(b1) - math.log(b0)))
+            return b0 * (b1 / b0) ** ((v0 - level) / (v0 - v1))
     return math.nan
 
 
-def curve(rows, key, **where):
-    """Betas and means over seeds of one measured key, for the rows that fit."""
-    points = summarise(rows, "beta", key, **where)
-    return [p[0] for p in points], [p[1] for p in points]
+def transition(rows):
+    """Beta at which the annealed runs' train accuracy falls through 55%."""
+    return crossing(summarise(rows, "beta", "train_acc", start="anneal"), 0.55)
 
 
-def crossings(rows, n, level=0.55):
-    """The 55% crossing of every seed's curve at this N."""
-    fit = [r for r in rows if r["labels"] == "random" and r["start"] == "anneal" and r["n"] == n]
-    return [crossing(*curve([r for r in fit if r["seed"] == seed], "train_acc"), level)
-            for seed in sorted({r["seed"] for r in fit})]
-
-
-def hysteresis(rows, n):
+def hysteresis(rows):
     """(lower, equal, upper): beta where memory is born, where both states have one objective, where memory dies.
 
-    Born and dead mean an accuracy of 55% on the way down and up. The objective of chance is log 10, of memory that of
-    the runs that start memorised, up to where it dies. Means over seeds.
+    Born and dead mean an accuracy of 55% on the way down and on the way up. The objective of chance is log 10, that of
+    memory is read off the runs that start memorised, as long as they remember.
     """
-    rows = [r for r in rows if r["labels"] == "random" and r["n"] == n]
-    up, down = (curve(rows, "train_acc", start=start) for start in ("memorised", "chance"))
-    betas, objective = curve(rows, "objective", start="memorised")
-    alive = [acc > 0.55 for acc in up[1]]
-    betas, objective = [b for b, ok in zip(betas, alive) if ok], [o for o, ok in zip(objective, alive) if ok]
-    equal = crossing(betas, [-o for o in objective], -LOG10)
-    return crossing(*down, 0.55), equal, crossing(*up, 0.55)
+    up, down = (summarise(rows, "beta", "train_acc", start=start) for start in ("memorised", "chance"))
+    remembers = [beta for beta, accuracy, *_ in up if accuracy > 0.55]
+    objective = [(b, -j) for b, j, *_ in summarise(rows, "beta", "objective", start="memorised") if b in remembers]
+    return crossing(down, 0.55), crossing(objective, -LOG10), crossing(up, 0.55)
 
 
+def per_seed(function, rows):
+    """function of the rows of each seed, stacked in an array."""
+    seeds = sorted({r["seed"] for r in rows})
+    return np.array([function([r for r in rows if r["seed"] == seed]) for seed in seeds])
+
+
+def claims(rows, args):
+    """The claims of the figure: [(sentence, the paper's value, ours, holds)], holds None where rows are missing."""
+    s = SETTINGS[args.scale]
+    random, real = ([r for r in rows if r["labels"] == labels and r["status"] == "ok"] for labels in ("random", "real"))
+    annealed = {n: [r for r in random if r["n"] == n and r["start"] == "anneal"] for n in s["sizes"]}
+    annealed = {n: some for n, some in annealed.items() if some}
+    if not annealed:
+        return []
+    table = []
+
+    def claim(sentence, paper, values, show, test):
+        """values: {what: array of one number a seed}, shown as mean and spread; test sees all of them."""
+        ours = [f"{what}: {show.format(v.mean())}" + (f" ± {show.format(v.std(ddof=1))}" if len(v) > 1 else "")
+                for what, v in values.items() if len(v)]
+        flat = np.concatenate(list(values.values()))
+        holds = None if len(ours) < len(values) or np.isnan(flat).any() else bool(test(flat))
+        table.append((sentence, paper, "; ".join(ours), holds))
+
+    def accuracies(n, keep):
+        return np.array([r["train_acc"] for r in annealed[n] if keep(r["beta"])])
+
+    lowest, wall = min(s["betas"]), [beta for beta in s["betas"] if beta >= 1.2]
+    claim(f"random labels: over 85% memorised at β = {lowest:g}, for every N", "98%",
+          {f"N={n:,}": accuracies(n, lambda beta: beta == lowest) for n in annealed}, "{:.1%}",
+          lambda v: v.min() > 0.85)
+    claim("random labels: train accuracy falls through 55% at β between 0.3 and 1.05, for every N",
+          "; ".join(f"N={n:,}: {PAPER_CROSSING[n]:g}" for n in annealed if n in PAPER_CROSSING),
+          {f"N={n:,}": per_seed(transition, annealed[n]) for n in annealed}, "{:.2f}",
+          lambda v: v.min() >= 0.3 and v.max() <= 1.05)
+    claim(f"random labels: chance (under 20%) for every N at β = {', '.join(map('{:g}'.format, wall))}",
+          "20% at β = 1.1 to 1.9", {f"N={n:,}": accuracies(n, lambda beta: beta in wall) for n in annealed}, "{:.1%}",
+          lambda v: v.max() < 0.2)
+    for n in s["hysteresis"]:
+        ends = per_seed(hysteresis, [r for r in random if r["n"] == n]).reshape(-1, 3).T
+        claim(f"N = {n:,}: memory and chance coexist; β of memory born, equal objective, memory dead, each below 1.05",
+              "not shown", dict(zip(("born", "equal", "dead"), ends)), "{:.2f}",
+              lambda v: (np.diff(ends, axis=0) > 0).all() and v.max() < 1.05)
+    beta = information_beta(s)
+    memorised = [r for some in annealed.values() for r in some if r["beta"] == beta and r["train_acc"] > 0.85]
+    n, information = (np.array([r[key] for r in memorised], float) for key in ("n", "information"))
+    if len(set(n)) > 1:
+        slope = n @ information / (n @ n)
+        r2 = 1 - ((information - slope * n) ** 2).sum() / ((information - information.mean()) ** 2).sum()
+        table.append((f"random labels: memorising takes information linear in N (β = {beta:g}; R² of I = slope·N)",
+                      "linear", f"{slope:.2f} nats a sample, R² = {r2:.4f} over {len(n)} runs", r2 > 0.95))
+    ratio = max(((LOG10 - r["cross_entropy"]) / r["information"] * r["n"], r["beta"], r["n"]) for r in random
+                if r["information"] > 0.05 * r["n"])
+    table.append(("random labels: label nats memorised per weight nat never exceed 1", "at most 1 (theory)",
+                  "at most {:.2f}, at β = {:g}, N = {:,}".format(*ratio), ratio[0] <= 1))
+    test = [p[1] for some in annealed.values() for p in summarise(some, "beta", "test_acc")]
+    table.append(("random labels: test accuracy is 10% throughout (means over seeds between 8% and 12%)", "10%",
+                  f"{min(test):.1%} to {max(test):.1%}", 0.08 <= min(test) and max(test) <= 0.12))
+    curves = {n: summarise(real, "beta", "test_acc", n=n) for n in s["sizes"]}
+    best = {n: max(points, key=lambda p: p[1]) for n, points in curves.items() if points}
+    table.append(("real labels: test accuracy grows with N (its best β, for the record)", "grows",
+                  "; ".join(f"N={n:,}: {p[1]:.1%} ± {p[2]:.1%} at β = {p[0]:g}" for n, p in best.items()),
+                  all(np.diff([p[1] for p in best.values()]) > 0) if len(best) > 1 else None))
+    diverged = sum(r["status"] == "diverged" for r in rows)
+    table.append(("no run diverged", "-", f"{diverged} of {len(rows)} rows", diverged == 0))
+    return table
+
+
+def information_beta(settings):
+    """The beta at which information is compared over N: the largest up to 0.1, where everything is memorised."""
+    return max(beta for beta in settings["betas"] if beta <= 0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plot
+# ----------------------------------------------------------------------------------------------------------------------
 def plot(rows, args):
-    import matplotlib.pyplot as plt
+    s = SETTINGS[args.scale]
     good = [r for r in rows if r["status"] == "ok"]
-    fig, axes = plt.subplots(2, 4, figsize=(16, 8), constrained_layout=True)
-    fig.suptitle(f"Fig. 1: Small AlexNet, width {SETTINGS[args.scale]['width']:g}, {args.dataset}, scale {args.scale}, "
-                 f"{len({r['seed'] for r in good})} seeds")
-    panels = [("random", "train_acc"), ("real", "train_acc"), ("random", "test_acc"), ("real", "test_acc")]
-    for ax, (labels, key) in zip(axes[0], panels):
-        mesh = plot_map(ax, good, labels, key)
-    fig.colorbar(mesh, ax=axes[0, -1], label="accuracy")
+    random = [r for r in good if r["labels"] == "random"]
     sizes = sorted({r["n"] for r in good})
     colours = dict(zip(sizes, plt.cm.viridis(np.linspace(0, 0.85, len(sizes)))))
+    seeds = sorted({r["seed"] for r in good})
+    fig, axes = new_figure(2, 4, f"Fig. 1: Small AlexNet, width ×{s['width']:g}, {args.dataset}, scale {args.scale}, "
+                           f"{len(seeds)} seed{'s' * (len(seeds) > 1)}")
+    panels = [("random", "train_acc"), ("real", "train_acc"), ("random", "test_acc"), ("real", "test_acc")]
+    for ax, (labels, key) in zip(axes[0], panels):
+        plot_map(ax, [r for r in good if r["labels"] == labels and r["start"] == "anneal"], labels, key)
+    scale = plt.cm.ScalarMappable(plt.Normalize(0.12, 0.98), "coolwarm")
+    fig.colorbar(scale, ax=axes[0, -1], label="accuracy (a fraction)")
 
-    ax = axes[1, 0]  # the transition, curve by curve
+    ax = axes[1, 0]
     for n in sizes:
-        points = summarise(good, "beta", "train_acc", labels="random", start="anneal", n=n)
-        beta, mean, spread = np.array(points).T[:3]
-        ax.errorbar(beta, mean, spread, color=colours[n], marker="o", ms=3, capsize=2, label=f"N = {n:,}")
-    for n, beta in PAPER_CROSSING.items():
-        ax.plot(beta, 0.55, "D", color="0.6", ms=4, label="paper, its N" if n == 100 else None)
-    ax.axvline(1, ls="--", color="k", lw=1)
-    ax.set(xscale="log", xlabel=r"$\beta$", ylabel="train accuracy", title="random labels, β raised while training")
-    ax.legend(fontsize=7)
+        points = summarise(random, "beta", "train_acc", start="anneal", n=n)
+        plot_points(ax, points, color=colours[n], label=f"N = {n:,}")
+        ax.plot(PAPER_CROSSING.get(n, math.nan), 0.55, "D", mfc="0.8", mec=colours[n], ms=9)
+    ax.plot([], [], "D", mfc="0.8", mec="0.4", ms=9, label="the paper's 55%, same N")
+    ax.set(xscale="log", xlabel="β", ylabel="train accuracy, sampled weights", title="random labels: the transition")
 
-    ax = axes[1, 1]  # hysteresis
-    for n in SETTINGS[args.scale]["hysteresis"]:
-        for start, marker in (("memorised", ">"), ("chance", "<")):
-            points = summarise(good, "beta", "train_acc", labels="random", start=start, n=n)
-            if points:
-                beta, mean, spread = np.array(points).T[:3]
-                ax.errorbar(beta, mean, spread, color=colours[n], marker=marker, ms=4, capsize=2,
-                            ls="-" if start == "memorised" else ":", label=f"N = {n:,}, starts at {start}"
-                            if start == "chance" else f"N = {n:,}, starts memorised")
-        lower, equal, upper = hysteresis(good, n)
-        ax.axvspan(lower, upper, color=colours[n], alpha=0.12, lw=0)
-        ax.axvline(equal, color=colours[n], lw=1)
-    ax.axvline(1, ls="--", color="k", lw=1)
-    ax.set(xscale="log", xlabel=r"$\beta$", title="hysteresis: band, and line of equal objective")
-    ax.legend(fontsize=7)
+    ax = axes[1, 1]
+    for n in s["hysteresis"]:
+        for start, arrow, name in (("memorised", ">-", "raised from memory"), ("chance", "<:", "lowered from chance")):
+            plot_points(ax, summarise(random, "beta", "train_acc", start=start, n=n), fmt=arrow, color=colours.get(n),
+                        label=f"N = {n:,}, β {name}")
+        lower, equal, upper = hysteresis([r for r in random if r["n"] == n])
+        if lower < upper:
+            ax.axvspan(lower, upper, color=colours[n], alpha=0.12, lw=0)
+        ax.axvline(equal, color=colours.get(n), lw=1.5, ls="-.")
+    ax.plot([], [], "-.", color="0.4", label="equal objective")
+    ax.set(xscale="log", xlabel="β", ylabel="train accuracy, sampled weights", title="hysteresis: two states coexist")
 
-    ax = axes[1, 2]  # information against N
-    beta = information_beta(good)
+    ax, beta = axes[1, 2], information_beta(s)
     for labels, colour in (("random", "C3"), ("real", "C0")):
-        points = summarise(good, "n", "information", labels=labels, start="anneal", beta=beta)
-        n, mean, spread = np.array(points).T[:3]
-        ax.errorbar(n, mean, spread, color=colour, marker="o", ms=4, capsize=2, label=f"{labels} labels")
-    ax.plot(n, n * LOG10, color="0.6", ls="--", label="log 10 nats a label")
+        plot_points(ax, summarise(good, "n", "information", labels=labels, start="anneal", beta=beta), color=colour,
+                    label=f"{labels} labels")
+    ax.plot(sizes, LOG10 * np.array(sizes), color="0.6", ls="--", label="log 10 nats a sample")
     ax.set(xscale="log", yscale="log", xlabel="N", ylabel="I(w;D), nats", title=f"information, β = {beta:g}")
-    ax.legend(fontsize=7)
 
-    ax = axes[1, 3]  # accounting
+    ax = axes[1, 3]
     for n in sizes:
-        fit = [r for r in good if r["labels"] == "random" and r["n"] == n and r["information"] / n > 0.05]
-        ax.plot([r["information"] / n for r in fit], [LOG10 - r["cross_entropy"] for r in fit], ".", color=colours[n],
+        some = [r for r in random if r["n"] == n and r["information"] > 0.05 * n]
+        ax.plot([r["information"] / n for r in some], [LOG10 - r["cross_entropy"] for r in some], ".", color=colours[n],
                 label=f"N = {n:,}")
-    ax.plot([0.05, LOG10], [0.05, LOG10], "k--", lw=1, label="one to one")
-    ax.axhline(LOG10, color="0.6", lw=1)
+    ax.plot([0.05, LOG10, 100], [0.05, LOG10, LOG10], "k--", lw=1, label="what theory allows")
     ax.set(xscale="log", xlabel="I(w;D)/N, nats per sample", ylabel="label nats memorised per sample",
-           title="label nats never exceed weight nats")
-    ax.legend(fontsize=7)
+           title="accounting: a label nat costs over a weight nat")
+    for ax in axes[1]:
+        if ax.get_xlabel() == "β":
+            ax.axvline(1, ls="--", color="k", lw=1)
+        ax.legend()
     save_figure(fig, args)
 
 
 def plot_map(ax, rows, labels, key):
     """One of the paper's four panels: accuracy over log10 N and log10(beta/N), interpolated on a triangulation."""
-    cells = sorted({(r["n"], r["beta"]) for r in rows if r["labels"] == labels and r["start"] == "anneal"})
-    mean = [np.mean([r[key] for r in rows if (r["labels"], r["start"], r["n"], r["beta"]) == (labels, "anneal", *cell)])
-            for cell in cells]
-    n, beta = np.array(cells).T
-    x, y = np.log10(n), np.log10(beta / n)
-    ranges = (x.min(), x.max()), np.log10([beta.min(), beta.max()])
-    grid_x, grid_b = np.meshgrid(*(np.linspace(*r, 200) for r in ranges))
-    # triangulated in (log N, log beta), where the cells form a rectangle, and shown in the paper's (log N, log beta/N)
-    value = LinearTriInterpolator(Triangulation(x, np.log10(beta)), mean)(grid_x, grid_b)
-    mesh = ax.pcolormesh(grid_x, grid_b - grid_x, value, cmap="coolwarm", vmin=0.12, vmax=0.98, shading="auto",
-                         rasterized=True)
+    cells = sorted({(r["n"], r["beta"]) for r in rows})
+    value = [np.mean([r[key] for r in rows if (r["n"], r["beta"]) == cell]) for cell in cells]
+    x, y = np.log10([[n, beta / n] for n, beta in cells]).reshape(-1, 2).T
+    if len({n for n, _ in cells}) > 1 and len({beta for _, beta in cells}) > 1:
+        # triangulated over (log N, log beta), where the cells form a rectangle, and sheared to the paper's axes
+        triangles = Triangulation(x, x + y).triangles
+        levels = np.linspace(0.12, 0.98, 44)
+        ax.tricontourf(Triangulation(x, y, triangles), value, levels, cmap="coolwarm", extend="both")
     ax.plot(x, y, "k.", ms=2)
-    ends = np.array([x.min(), x.max()])
-    ax.plot(ends, -ends, "k--", lw=1, label="β = 1")
+    sizes = np.array(sorted({n for n, _ in cells}))
+    ax.plot(np.log10(sizes), -np.log10(sizes), "k--", lw=1, label="β = 1")
     if (labels, key) == ("random", "train_acc"):
-        paper = {k: b for k, b in PAPER_CROSSING.items() if k <= n.max()}
-        ours = {k: np.mean(crossings(rows, k)) for k in sorted(set(n))}
-        for contour, colour, name in ((paper, "0.35", "paper"), (ours, "w", "ours")):
-            ax.plot(*np.log10([(k, b / k) for k, b in contour.items()]).reshape(-1, 2).T, color=colour, lw=2,
-                    label=f"55%, {name}")
-    if (labels, key) == ("real", "train_acc") and n.max() > 800:
-        ax.plot([2.9, x.max()], [-2.8, -2.8], color="0.35", ls="--", lw=1, label="paper's second line")
+        ours = {n: transition([r for r in rows if r["n"] == n]) for n in sizes}
+        paper = {n: beta for n, beta in PAPER_CROSSING.items() if n <= sizes.max(initial=0)}
+        for contour, colour, name in ((paper, "0.35", "the paper's 55%"), (ours, "w", "our 55%")):
+            path = np.log10([(n, b / n) for n, b in contour.items()]).reshape(-1, 2)
+            ax.plot(*path.T, color=colour, lw=2, label=name)
+    if (labels, key) == ("real", "train_acc"):
+        ax.plot([2.9, max([3.5, *x])], [-2.8, -2.8], color="0.35", ls=":", lw=2, label="second line of the paper")
     ax.invert_yaxis()
-    ax.set(xlabel=r"$\log_{10} N$", ylabel=r"$\log_{10}(\beta/N)$",
-           title=f"{key.split('_')[0]} accuracy, {labels} labels")
-    ax.legend(fontsize=7, loc="upper right")
-    return mesh
-
-
-def information_beta(rows):
-    """The beta of the information panel: the largest up to 0.1."""
-    return max(r["beta"] for r in rows if r["beta"] <= 0.1 and r["start"] == "anneal")
-
-
-def claims(rows, args):
-    """The claims of the figure: (sentence, the paper's value, ours, holds)."""
-    s = SETTINGS[args.scale]
-    good = [r for r in rows if r["status"] == "ok"]
-    random = [r for r in good if r["labels"] == "random"]
-    annealed = [r for r in random if r["start"] == "anneal"]
-    sizes = sorted({r["n"] for r in annealed})
-    table = []
-
-    def add(sentence, paper, ours, holds):
-        table.append((sentence, paper, ours, holds))
-
-    lowest = {n: curve(annealed, "train_acc", n=n)[1][0] for n in sizes}
-    add(f"random labels: at β = {min(s['betas']):g} every N is memorised (train accuracy over 85%)", "98% and more",
-        each(lowest, "{:.1%}"), min(lowest.values()) > 0.85)
-    cross = {n: crossings(good, n) for n in sizes}
-    add("random labels: train accuracy falls through 55% at β between 0.3 and 1.05, whatever N",
-        each({n: PAPER_CROSSING[n] for n in sizes if n in PAPER_CROSSING}, "{:g}"),
-        "; ".join(f"N={n:,}: {spread(values)}" for n, values in cross.items()),
-        all(0.3 <= v <= 1.05 for values in cross.values() for v in values))
-    high = [p for n in sizes for p in summarise(annealed, "beta", "train_acc", n=n) if p[0] >= 1.2]
-    add("random labels: at chance (under 20%) for every N and β ≥ 1.2", "20% at β = 1.1–1.9",
-        f"at most {max(p[1] for p in high):.1%}" if high else "-", max(p[1] for p in high) < 0.2 if high else None)
-    for n in s["hysteresis"]:
-        ends = hysteresis(good, n)
-        add(f"N = {n:,}: memorising and chance coexist between a lower and an upper β, both below 1.05", "not shown",
-            "lower {:.2f}, equal objective {:.2f}, upper {:.2f}".format(*ends),
-            ends[0] < ends[1] < ends[2] <= 1.05 if not any(map(math.isnan, ends)) else None)
-    beta = information_beta(good)
-    memorised = [r for r in annealed if r["beta"] == beta and r["train_acc"] > 0.85]
-    slope, r2 = fit_line([r["n"] for r in memorised], [r["information"] for r in memorised])
-    add(f"random labels: the information that memorising takes grows linearly with N (β = {beta:g}; R² over 0.95)",
-        "linear", f"{slope:.2f} nats a sample, R² = {r2:.4f}, {len(memorised)} runs", r2 > 0.95)
-    ratio = [((LOG10 - r["cross_entropy"]) / r["information"] * r["n"], r["beta"], r["n"]) for r in random
-             if r["information"] / r["n"] > 0.05]
-    best = max(ratio)
-    add("random labels: label nats memorised per weight nat never exceed 1", "at most 1 (theory)",
-        f"at most {best[0]:.2f} (β = {best[1]:g}, N = {best[2]:,})", best[0] <= 1)
-    test = [mean for n in sizes for _, mean, *_ in summarise(annealed, "beta", "test_acc", n=n)]
-    add("random labels: test accuracy is 10% throughout (8% to 12% in the mean over seeds)", "10%",
-        f"{min(test):.1%} to {max(test):.1%}", 0.08 <= min(test) and max(test) <= 0.12)
-    real = {n: summarise(good, "beta", "test_acc", labels="real", start="anneal", n=n) for n in sizes}
-    tops = {n: max(points, key=lambda p: p[1]) for n, points in real.items() if points}
-    means = [top[1] for top in tops.values()]
-    add("real labels: test accuracy grows with N", "yes",
-        "; ".join(f"N={n:,}: {top[1]:.1%} ± {top[2]:.1%} at β = {top[0]:g}" for n, top in tops.items()),
-        means == sorted(means) if len(means) > 1 else None)
-    diverged = sum(r["status"] == "diverged" for r in rows)
-    add("no run diverged", "-", f"{diverged} of {len(rows)} rows", diverged == 0)
-    return table
-
-
-def each(values, form):
-    return "; ".join(f"N={n:,}: {form.format(value)}" for n, value in values.items())
-
-
-def spread(values):
-    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
-
-
-def fit_line(x, y):
-    """Slope and R² of y = slope * x, a line through the origin."""
-    x, y = np.array(x, float), np.array(y, float)
-    slope = (x @ y) / (x @ x)
-    return slope, 1 - ((y - slope * x) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+    ax.set(xlabel="log₁₀ N", ylabel="log₁₀(β/N)", title=f"{key.split('_')[0]} accuracy, {labels} labels")
+    ax.legend(loc="upper right", facecolor="0.85")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
     s = SETTINGS[args.scale]
-    cells = [{"labels": labels, "n": n, "beta": beta, "start": "anneal"}
-             for labels in ("random", "real") for n in reversed(s["sizes"]) for beta in s["betas"]]
-    for n in s["hysteresis"]:
-        cells += [{"labels": "random", "n": n, "beta": list(s["ladder"]), "start": "memorised"},
-                  {"labels": "random", "n": n, "beta": list(s["ladder"])[::-1], "start": "chance"}]
+    random, real = ([{"labels": labels, "n": n, "beta": beta, "start": "anneal"}
+                     for n in s["sizes"][::-1] for beta in s["betas"]] for labels in ("random", "real"))
+    ladders = [{"labels": "random", "n": n, "beta": list(s["ladder"][::way]), "start": start}
+               for n in s["hysteresis"] for start, way in (("memorised", 1), ("chance", -1))]
+    cells = random + ladders + real
     rows = run_grid(cells, train_cell, args, prepare=lambda args: load_data(args.dataset, args.data_dir))
     plot(rows, args)
     print_claims(claims(rows, args))

@@ -1,0 +1,771 @@
+"""Tests of common.py and of the figure scripts: pytest test_common.py. They need neither network nor data/."""
+import copy
+import itertools
+import json
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+import common
+from common import (DataError, StochasticConv2d, StochasticLinear, add_clutter, alpha_from_information,
+                    corrupt_labels, g, ib_loss, label_information, load_celeba, load_cifar10, load_mnist,
+                    sample_weights, synthetic_digits, synthetic_faces, synthetic_objects, to_stochastic,
+                    total_correlation, weight_information)
+
+HERE = Path(__file__).resolve().parent
+NOISES = list(itertools.product(("gaussian", "lognormal"), (True, False)))
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make_layer(kind, **options):
+    if kind == "linear":
+        return StochasticLinear(6, 4, **options), torch.randn(3, 6)
+    layer = StochasticConv2d(4, 6, 3, stride=2, padding=1, groups=2, padding_mode="circular", **options)
+    return layer, torch.randn(3, 4, 5, 5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Stochastic layers
+# ----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("noise, local", NOISES)
+def test_outputs_have_the_mean_and_variance_of_the_noise(kind, noise, local):
+    layer, x = make_layer(kind, noise=noise, local=local, log_alpha=-1.5)
+    draws = torch.stack([layer(x) for _ in range(4000)]).detach()
+    alpha = math.exp(-1.5)
+    variance_of_eps = alpha if noise == "gaussian" else math.expm1(alpha)
+    plain = copy.deepcopy(layer)
+    with torch.no_grad():
+        plain.weight.copy_(variance_of_eps * layer.weight**2)
+        plain.bias.zero_()
+        variance = plain.eval()(x**2)
+        error = (draws.mean(0) - layer.eval()(x)) / (variance / len(draws)).sqrt()
+    assert error.abs().max() < 5
+    assert (draws.var(0) / variance - 1).abs().max() < 0.25
+    assert (draws.var(0) / variance).mean().sub(1).abs() < 0.02
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "lognormal"])
+def test_weight_samples_follow_torch_distributions(noise):
+    layer = StochasticLinear(1, 20_000, bias=False, noise=noise, local=False, log_alpha=-0.7)
+    sample = layer(torch.ones(1, 1))[0].detach()
+    weight, alpha = layer.weight[:, 0].detach(), torch.tensor(math.exp(-0.7))
+    if noise == "gaussian":
+        uniform = torch.distributions.Normal(weight, alpha.sqrt() * weight.abs()).cdf(sample)
+    else:
+        uniform = torch.distributions.LogNormal(-alpha / 2, alpha.sqrt()).cdf(sample / weight)
+    distance = (uniform.sort().values - (torch.arange(20_000) + 0.5) / 20_000).abs().max()
+    assert distance < 1.95 / math.sqrt(20_000)  # Kolmogorov-Smirnov, 0.1% level
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("noise", ["gaussian", "lognormal"])
+def test_local_noise_is_independent_across_the_batch_and_sampled_weights_are_shared(kind, noise):
+    layer, x = make_layer(kind, noise=noise, local=True, log_alpha=-1.0)
+    x = x[:1].repeat(2, *[1] * (x.dim() - 1))
+    draws = torch.stack([layer(x) for _ in range(3000)]).detach()
+    first, second = (draws - draws.mean(0)).unbind(1)
+    correlation = (first * second).mean(0) / (first.var(0) * second.var(0)).sqrt()
+    assert correlation.abs().max() < 5 / math.sqrt(3000)
+    layer.local = False
+    first, second = layer(x)
+    assert torch.allclose(first, second, atol=1e-6)
+
+
+def naive_kl(weight, log_sigma2):
+    """The formula as it is printed in Molchanov et al. 2017, left to autograd."""
+    log_alpha = log_sigma2 - torch.log(weight**2)
+    k1, k2, k3 = 0.63576, 1.87320, 1.48695
+    return (k1 - k1 * torch.sigmoid(k2 + k3 * log_alpha) + 0.5 * torch.log1p(torch.exp(-log_alpha))).sum()
+
+
+def test_gaussian_information_is_the_formula_of_molchanov_with_its_gradient():
+    layer = StochasticLinear(20, 30, log_alpha=0.0).double()
+    layer.log_alpha = 4 * torch.randn(30, 20, dtype=torch.double)
+    layer.information().backward()
+    weight, log_sigma2 = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.log_sigma2))
+    naive = naive_kl(weight, log_sigma2)
+    naive.backward()
+    assert layer.information().item() == pytest.approx(naive.item(), rel=1e-6)
+    assert torch.allclose(layer.weight.grad, weight.grad, rtol=1e-6)
+    assert torch.allclose(layer.log_sigma2.grad, log_sigma2.grad, rtol=1e-6)
+    assert torch.autograd.gradcheck(common._GaussianKL.apply, (torch.randn(5, dtype=torch.double, requires_grad=True),
+                                                               torch.randn(5, dtype=torch.double, requires_grad=True)))
+
+
+@pytest.mark.parametrize("log_alpha", [-8.0, -3.0, -1.0, 0.0, 1.0, 3.0])
+def test_gaussian_information_is_the_divergence_from_the_log_uniform_prior(log_alpha):
+    # KL = E log|eps| - log(alpha)/2 + c with c such that KL -> 0 for alpha -> infinity, by Monte Carlo, in nats
+    normal = torch.randn(2_000_000, dtype=torch.double)
+    log_eps = torch.log((1 + math.exp(log_alpha / 2) * normal).abs()).mean() - torch.log(normal.abs()).mean()
+    layer = StochasticLinear(50, 40, log_alpha=log_alpha)
+    assert layer.information().item() / 2000 == pytest.approx(log_eps.item() - log_alpha / 2, abs=0.015)
+
+
+def test_lognormal_information_is_the_divergence_in_log_space():
+    # against a log-uniform prior only the entropy of log w matters: its difference between two alphas
+    entropy = [torch.distributions.Normal(0.0, math.exp(log_alpha / 2)).entropy() for log_alpha in (-4.0, 0.5)]
+    layers = [StochasticLinear(10, 5, noise="lognormal", log_alpha=log_alpha) for log_alpha in (-4.0, 0.5)]
+    difference = layers[0].information() - layers[1].information()
+    assert difference.item() == pytest.approx(50 * (entropy[1] - entropy[0]).item(), rel=1e-5)
+    at_the_cap = StochasticLinear(10, 5, noise="lognormal", log_alpha=7.0, max_log_alpha=2.0)
+    assert at_the_cap.information().item() == 0
+    assert torch.equal(at_the_cap.log_alpha, torch.full((5, 10), 2.0))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("noise, local", NOISES)
+@pytest.mark.parametrize("log_alpha", [-100.0, 0.0, 100.0])
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_values_and_gradients_are_finite_at_extremes(kind, noise, local, log_alpha, scale):
+    layer, x = make_layer(kind, noise=noise, local=local, log_alpha=log_alpha)
+    with torch.no_grad():
+        layer.weight.view(-1)[0] = 0
+    x = (scale * x).requires_grad_()
+    (layer(x).square().mean() + layer.information()).backward()
+    assert layer.information().isfinite()
+    for tensor in (x, *layer.parameters()):
+        assert tensor.grad.isfinite().all()
+
+
+def test_information_falls_as_alpha_grows():
+    for noise in ("gaussian", "lognormal"):
+        values = [StochasticLinear(3, 3, noise=noise, log_alpha=a).information().item() for a in (-20, -5, -1, 0, 0.9)]
+        assert values == sorted(values, reverse=True) and values[-1] >= 0
+
+
+def test_noise_is_drawn_in_train_mode_and_within_sample_weights():
+    model = nn.Sequential(StochasticLinear(6, 6), nn.BatchNorm1d(6), StochasticLinear(6, 2)).eval()
+    x = torch.randn(8, 6)
+    assert torch.equal(model(x), model(x))
+    running = model[1].running_mean.clone()
+    with sample_weights(model) as same:
+        assert same is model and not torch.equal(model(x), model(x))
+        with sample_weights(model, draw=False):
+            assert torch.equal(model(x), model(x))
+        assert not torch.equal(model(x), model(x))
+    assert torch.equal(model(x), model(x)) and torch.equal(model[1].running_mean, running)
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    with sample_weights(model, draw=False):
+        assert torch.equal(model(x), model(x))
+
+
+def test_noise_must_have_a_known_name():
+    with pytest.raises(ValueError, match="uniform"):
+        StochasticLinear(2, 2, noise="uniform")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_to_stochastic_keeps_the_function_of_torchvision_models(name):
+    model = getattr(torchvision.models, name)(weights=None).eval().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        before, keys = model(x), set(model.state_dict())
+        layers = sum(isinstance(m, (nn.Linear, nn.Conv2d)) for m in model.modules())
+        assert to_stochastic(model) is model
+        assert torch.equal(model(x), before)
+        with sample_weights(model):
+            assert not torch.equal(model(x), before)
+    twins = [m for m in model.modules() if isinstance(m, (StochasticLinear, StochasticConv2d))]
+    assert len(twins) == layers and keys < set(model.state_dict())
+    assert weight_information(model).item() == pytest.approx(sum(m.information().item() for m in twins), rel=1e-5)
+    model.train()
+    loss, _, _ = ib_loss(model(x), torch.tensor([1, 2]), model, 1.0, 100)
+    loss.backward()
+    assert all(m.log_sigma2.grad.isfinite().all() and m.log_sigma2.grad.abs().sum() > 0 for m in twins)
+
+
+def test_to_stochastic_keeps_every_option_of_a_layer():
+    conv = nn.Conv2d(4, 8, 3, stride=2, padding=2, dilation=2, groups=2, bias=False, padding_mode="reflect")
+    conv.double().eval()
+    x = torch.randn(1, 4, 9, 9, dtype=torch.double)
+    expected, weight = conv(x), conv.weight
+    twin = to_stochastic(conv, noise="lognormal", local=True, log_alpha=-3.0)
+    assert type(twin) is StochasticConv2d and twin.weight is weight and twin.log_sigma2.dtype == torch.double
+    assert torch.equal(twin(x), expected)
+    assert torch.allclose(twin.log_alpha, torch.tensor(-3.0, dtype=torch.double))
+    assert to_stochastic(twin) is twin and torch.allclose(twin.log_alpha, torch.tensor(-3.0, dtype=torch.double))
+    shared = nn.Linear(3, 3)
+    model = to_stochastic(nn.Sequential(shared, nn.ReLU(), shared))
+    assert model[0] is model[2] and len(list(model.parameters())) == 3
+
+
+def test_to_stochastic_skips_named_layers_and_blocks():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
+    to_stochastic(model, skip=["0", "1"])
+    assert [type(m) for m in (model[0], model[1][0], model[1][1], model[2])] == [nn.Linear] * 3 + [StochasticLinear]
+    with pytest.raises(ValueError, match="classifier"):
+        to_stochastic(model, skip="classifier")
+
+
+def test_checkpoints_copies_and_dtypes(tmp_path):
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3)).eval()
+    model = to_stochastic(copy.deepcopy(plain), log_alpha=-2.0).eval()
+    x = torch.randn(2, 1, 6, 6)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    twin = to_stochastic(copy.deepcopy(plain))
+    twin.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert torch.equal(twin(x), plain(x)) and torch.allclose(twin[0].log_alpha, torch.tensor(-2.0), atol=1e-4)
+    other = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3)).eval()
+    twin.load_state_dict(other.state_dict())  # a checkpoint of the plain model keeps alpha, not sigma
+    assert torch.equal(twin(x), other(x)) and torch.allclose(twin[3].log_alpha, torch.tensor(-2.0), atol=1e-4)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    half = copy.deepcopy(model).bfloat16()
+    assert half[0].information().dtype == torch.float32
+    assert half[0].information().item() == pytest.approx(model[0].information().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("noise, local", NOISES)
+def test_training_step_compiles_and_runs_under_bf16_autocast(noise, local):
+    model = to_stochastic(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)), noise=noise,
+                          local=local).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    y = torch.arange(4)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x, y):
+        return ib_loss(model(x), y, model, 1.0, 100)
+
+    loss, cross_entropy, information = compiled(x, y)
+    loss.backward()
+    assert information.item() == pytest.approx(weight_information(model).item(), rel=1e-5)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(x)
+        loss, cross_entropy, half_information = ib_loss(logits, y, model, 1.0, 100)
+    loss.backward()
+    assert logits.dtype == torch.bfloat16 and half_information.dtype == torch.float32
+    assert half_information.item() == pytest.approx(information.item(), rel=1e-6)
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_denormals_are_flushed():
+    assert (torch.tensor([1e-39]) * torch.tensor([0.5])).item() == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Weight-IB loss
+# ----------------------------------------------------------------------------------------------------------------------
+def test_ib_loss_is_mean_cross_entropy_plus_beta_over_n_times_nats():
+    model = to_stochastic(nn.Linear(5, 4))
+    logits, labels = torch.randn(7, 4), torch.randint(4, (7,))
+    loss, cross_entropy, information = ib_loss(logits, labels, model, 0.5, 50)
+    expected = -logits.log_softmax(1)[torch.arange(7), labels].mean()
+    assert cross_entropy.item() == pytest.approx(expected.item())
+    assert information.item() == pytest.approx(naive_kl(model.weight, model.log_sigma2).item(), rel=1e-4)
+    assert loss.item() == pytest.approx((expected + 0.5 * information / 50).item())
+
+
+def test_ib_loss_sums_over_attributes():
+    model, logits, attributes = to_stochastic(nn.Linear(5, 4)), torch.randn(7, 4), torch.randint(2, (7, 4))
+    expected = -torch.distributions.Bernoulli(logits=logits).log_prob(attributes.float()).sum(1).mean()
+    assert ib_loss(logits, attributes, model, 0.0, 7)[0].item() == pytest.approx(expected.item())
+
+
+def test_loss_refuses_what_makes_no_sense():
+    logits, labels = torch.randn(2, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="no stochastic layer"):
+        weight_information(nn.Linear(3, 3))
+    for beta, n in ((-1.0, 10), (1.0, 0)):
+        with pytest.raises(ValueError):
+            ib_loss(logits, labels, to_stochastic(nn.Linear(3, 3)), beta, n)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Information estimators
+# ----------------------------------------------------------------------------------------------------------------------
+def test_g_is_the_capacity_of_proposition_5_2():
+    alpha = torch.tensor([1e-6, 0.1, 1.0, 5.0, 40.0], dtype=torch.double)
+    expected = [-0.5 * math.log(-math.expm1(-a)) for a in alpha.tolist()]
+    assert g(alpha).tolist() == pytest.approx(expected, rel=1e-9)
+    assert g(1e-9).item() == pytest.approx(-0.5 * math.log(1e-9), rel=1e-6)  # -log(alpha)/2 for small alpha
+    assert (g(alpha).diff() < 0).all() and g(0.0) == math.inf
+    with pytest.raises(ValueError):
+        g(-0.1)
+
+
+def test_alpha_from_information_inverts_the_information_of_a_layer():
+    layer = StochasticLinear(30, 20, noise="lognormal", log_alpha=-2.5, max_log_alpha=0.0)  # C = 0
+    assert alpha_from_information(layer.information(), 600).item() == pytest.approx(math.exp(-2.5), rel=1e-5)
+
+
+def test_label_information():
+    labels = torch.arange(10).repeat(20)
+    assert label_information(F.one_hot(labels).float() * 50, labels).item() == pytest.approx(math.log(10), abs=1e-6)
+    assert label_information(torch.zeros(200, 10), labels).item() == pytest.approx(0, abs=1e-6)
+    # a noisy channel: right with probability p, else uniform over the rest; the exact mutual information is known
+    p, n = 0.7, 200_000
+    x = torch.randint(10, (n,))
+    y = torch.where(torch.rand(n) < p, x, (x + torch.randint(1, 10, (n,))) % 10)
+    channel = torch.full((10, 10), (1 - p) / 9).fill_diagonal_(p)
+    exact = math.log(10) + p * math.log(p) + (1 - p) * math.log((1 - p) / 9)
+    assert label_information(channel.log()[x], y).item() == pytest.approx(exact, abs=0.01)
+
+
+def test_total_correlation_of_a_gaussian():
+    a = torch.randn(4, 4, dtype=torch.double)
+    covariance = a @ a.T + torch.eye(4)
+    exact = 0.5 * (covariance.diagonal().log().sum() - torch.logdet(covariance))
+    z = torch.distributions.MultivariateNormal(torch.zeros(4, dtype=torch.double), covariance).sample((100_000,))
+    z = torch.cat([z, torch.full((len(z), 1), 3.0)], 1).view(-1, 5, 1) * 7 + 2  # scale, shift, constants do not matter
+    assert total_correlation(z).item() == pytest.approx(exact.item(), abs=0.01)
+    assert total_correlation(torch.randn(100_000, 3)).item() == pytest.approx(0, abs=1e-3)
+    with pytest.raises(ValueError, match="samples"):
+        total_correlation(torch.randn(4, 5))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Data
+# ----------------------------------------------------------------------------------------------------------------------
+def cifar_arrays(n=4):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (n, 32, 32, 3), np.uint8), rng.integers(0, 10, (n, 1), np.uint8)
+    return {"x_train": x, "y_train": y, "x_test": x[:2], "y_test": y[:2]}
+
+
+def test_loaders_read_npz_files(tmp_path):
+    arrays = cifar_arrays()
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    x, y, x_test, y_test = load_cifar10(tmp_path)
+    assert x.shape == (4, 3, 32, 32) and x.dtype == torch.uint8 and x_test.shape == (2, 3, 32, 32)
+    assert y.dtype == torch.int64 and y.tolist() == arrays["y_train"].ravel().tolist()
+    assert x[1, 2, 3, 4] == arrays["x_train"][1, 3, 4, 2]
+    digits = np.arange(3 * 28 * 28).reshape(3, 28, 28).astype(np.uint8)
+    np.savez(tmp_path / "mnist.npz", x_train=digits, y_train=np.arange(3), x_test=digits, y_test=np.arange(3))
+    x, y, *_ = load_mnist(tmp_path)
+    assert x.shape == (3, 1, 28, 28) and (x[:, 0].numpy() == digits).all() and y.tolist() == [0, 1, 2]
+    faces = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    np.savez(tmp_path / "celeba64.npz", images=faces, attrs=np.eye(3, 40, dtype=np.uint8),
+             attr_names=np.array([f"a{i}" for i in range(40)]), partition=np.array([0, 1, 2], np.uint8))
+    images, attrs, names, partition = load_celeba(tmp_path)
+    assert images.shape == (3, 3, 64, 64) and images[2, 1, 5, 6] == faces[2, 5, 6, 1]
+    assert attrs.shape == (3, 40) and names[39] == "a39" and partition.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "missing", "shape", "pickle"])
+def test_damaged_npz_files_are_named_in_one_line(tmp_path, damage):
+    path = tmp_path / "cifar10.npz"
+    arrays = cifar_arrays()
+    if damage == "missing":
+        del arrays["y_test"]
+    if damage == "shape":
+        arrays["x_train"] = arrays["x_train"].astype(np.float32)
+    if damage == "pickle":
+        arrays["y_train"] = np.array([{}, 1], dtype=object)
+    np.savez(path, **arrays)
+    content = path.read_bytes()
+    damaged = {"truncated": content[:len(content) // 2], "garbage": b"no npz", "empty": b""}
+    path.write_bytes(damaged.get(damage, content))
+    with pytest.raises(DataError) as error:
+        load_cifar10(tmp_path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert path.exists()
+
+
+def test_look_up_goes_from_npz_to_torchvisions_copy_to_download(tmp_path, monkeypatch):
+    calls = []
+
+    class FakeCIFAR10:
+        def __init__(self, root, train, download):
+            calls.append((train, download))
+            if not download and not (tmp_path / "copy").exists():
+                raise RuntimeError("Dataset not found or corrupted. You can use download=True to download it")
+            arrays = cifar_arrays()
+            self.data, self.targets = arrays["x_train"], arrays["y_train"].ravel().tolist()
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", FakeCIFAR10)
+    x, *_ = load_cifar10(tmp_path)
+    assert calls == [(True, False), (True, True), (False, True)]
+    assert os.listdir(tmp_path) == ["cifar10.npz"]  # written in one step, nothing left over
+    again, *_ = load_cifar10(tmp_path)
+    assert torch.equal(x, again) and len(calls) == 3
+    (tmp_path / "cifar10.npz").unlink()
+    (tmp_path / "copy").touch()
+    load_cifar10(tmp_path)
+    assert calls[3:] == [(True, False), (False, False)]
+
+
+def test_celeba_is_cropped_and_cached(tmp_path, monkeypatch):
+    from PIL import Image
+
+    class FakeCelebA:
+        attr_names = [f"a{i}" for i in range(40)] + [""]  # torchvision's header ends in an empty name
+        attr = torch.eye(2, 40, dtype=torch.long)
+
+        def __init__(self, root, split, transform, download):
+            assert split == "all"
+            (Path(root) / "celeba").mkdir(exist_ok=True)
+            (Path(root) / "celeba" / "list_eval_partition.txt").write_text("000001.jpg 0\n000002.jpg 2\n")
+            self.transform = transform
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            picture = np.zeros((218, 178, 3), np.uint8)
+            picture[35:183, 15:163] = 100 + index  # the centre 148 x 148
+            return self.transform(Image.fromarray(picture)), self.attr[index]
+
+    monkeypatch.setattr(torchvision.datasets, "CelebA", FakeCelebA)
+    images, attrs, names, partition = load_celeba(tmp_path)
+    assert images.shape == (2, 3, 64, 64) and (images[0] == 100).all() and (images[1] == 101).all()
+    assert len(names) == 40 and partition.tolist() == [0, 2] and (tmp_path / "celeba64.npz").exists()
+
+
+@pytest.mark.parametrize("load, name, hints", [
+    (load_cifar10, "CIFAR10", ["cifar10.npz"]), (load_mnist, "MNIST", ["mnist.npz"]),
+    (load_celeba, "CelebA", ["gdown", "img_align_celeba", "quota"])])
+def test_failed_downloads_say_what_to_do(tmp_path, monkeypatch, load, name, hints):
+    def fail(*args, **kwargs):
+        raise RuntimeError("Dataset not found" if not kwargs["download"] else "no\nnetwork")
+    monkeypatch.setattr(torchvision.datasets, name, fail)
+    with pytest.raises(DataError) as error:
+        load(tmp_path / "data")
+    message = str(error.value)
+    assert "\n" not in message and "no network" in message and "--scale demo" in message and str(tmp_path) in message
+    assert all(hint in message for hint in hints) and not (tmp_path / "data").exists()
+
+
+def test_corrupt_labels_draws_exactly_the_share_anew():
+    labels = torch.full((1000,), -1)
+    for fraction in (0, 0.1, 0.25, 0.9995, 1):
+        new = corrupt_labels(labels, fraction, 10, torch.Generator().manual_seed(3))
+        assert (new >= 0).sum() == round(1000 * fraction) and new.max() < 10
+        assert torch.equal(new, corrupt_labels(labels, fraction, 10, torch.Generator().manual_seed(3)))
+    assert (labels == -1).all()
+    new = corrupt_labels(torch.zeros(100_000, dtype=torch.long), 1.0, 10, torch.Generator().manual_seed(0))
+    assert (torch.bincount(new) - 10_000).abs().max() < 500  # uniform, the old label included
+    with pytest.raises(ValueError):
+        corrupt_labels(labels, 1.5, 10, torch.Generator())
+
+
+def test_add_clutter_pastes_squares_and_returns_their_mask():
+    images = torch.full((500, 1, 28, 28), 7, dtype=torch.uint8)
+    cluttered, mask = add_clutter(images, torch.Generator().manual_seed(0), squares=1, size=4)
+    assert mask.shape == (500, 1, 28, 28) and mask.dtype == torch.bool
+    assert (mask.sum((1, 2, 3)) == 16).all() and (cluttered[mask] == 255).all() and (cluttered[~mask] == 7).all()
+    rows, columns = mask.any(3)[:, 0], mask.any(2)[:, 0]
+    assert (rows.sum(1) == 4).all() and (columns.sum(1) == 4).all()
+    assert set(rows.int().argmax(1).tolist()) == set(range(25)) == set(columns.int().argmax(1).tolist())
+    assert (images == 7).all()
+    cluttered, mask = add_clutter(torch.zeros(50, 3, 28, 28), torch.Generator().manual_seed(0))
+    assert cluttered.shape == (50, 3, 28, 28) and cluttered.max() == 1 and mask.shape == (50, 1, 28, 28)
+    assert 120 < mask.float().sum((1, 2, 3)).mean() < 160  # ten squares of 16, less what overlaps
+
+
+@pytest.mark.parametrize("make, shape", [(synthetic_objects, (3, 32, 32)), (synthetic_digits, (1, 28, 28))])
+def test_synthetic_images_are_seeded_and_balanced(make, shape):
+    images, labels = make(600, seed=1)
+    assert images.shape == (600, *shape) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert torch.equal(images, make(600, seed=1)[0]) and not torch.equal(images, make(600, seed=2)[0])
+    assert torch.bincount(labels, minlength=10).min() > 30
+    assert len(images.flatten(1).unique(dim=0)) == 600
+
+
+def test_synthetic_faces_know_their_factors():
+    images, attributes, factors = synthetic_faces(600, seed=1)
+    assert images.shape == (600, 3, 64, 64) and attributes.shape == (600, len(common.FACE_ATTRIBUTES))
+    assert attributes.dtype == torch.uint8 and attributes.max() == 1
+    assert torch.equal(factors["glasses"], attributes[:, common.FACE_ATTRIBUTES.index("glasses")].long())
+    assert {name: len(values.unique()) for name, values in factors.items()} == common.FACE_FACTORS
+    assert torch.equal(images, synthetic_faces(600, seed=1)[0])
+
+
+def test_synthetic_digits_are_worth_training_on():
+    (x, y), (x_test, y_test) = synthetic_digits(2500, seed=0), synthetic_digits(1000, seed=1)
+    x, x_test = x.float() / 255, x_test.float() / 255
+    cnn = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+                        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+                        nn.Linear(32 * 49, 10))
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    accuracy = []
+    for model in (cnn, linear):
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for epoch in range(4):
+            for index in torch.randperm(2500).split(50):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x[index]), y[index]).backward()
+                optimizer.step()
+        accuracy.append((model.eval()(x_test).argmax(1) == y_test).float().mean().item())
+    assert accuracy[0] > 0.9 and accuracy[1] < accuracy[0] - 0.2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Running a grid, in real processes
+# ----------------------------------------------------------------------------------------------------------------------
+TOY = '''
+"""A toy figure."""
+import sys, time
+sys.path.insert(0, {here!r})
+import torch
+from common import parse_args, run_grid
+
+def train_cell(cell, device, args, progress):
+    torch.manual_seed(cell["seed"])
+    if isinstance(cell["beta"], list):
+        return [{{"value": b * 2}} for b in cell["beta"]]
+    time.sleep({sleep})
+    if cell["beta"] == 6:
+        progress(1, 2, float("nan"))
+    with open({log!r}, "a") as file:
+        file.write(f"{{cell['seed']}}-{{cell['beta']}}\\n")
+    return {{"value": torch.randn(300, 300).svd().S.sum().item() * cell["beta"]}}
+
+def main():
+    args = parse_args(__doc__, {{"demo": ["synthetic", "other"], "cpu": ["synthetic"]}}, {{"demo": [0], "cpu": [0]}})
+    rows = run_grid([{{"beta": b}} for b in ({betas})], train_cell, args)
+    print("rows", len(rows))
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+class Toy:
+    def __init__(self, folder, sleep=0.0, betas="1, 2, 3, 4"):
+        self.script, self.log, self.out = folder / "toy.py", folder / "log", folder / "out"
+        self.script.write_text(TOY.format(here=str(HERE), sleep=sleep, log=str(self.log), betas=betas))
+        self.path = self.out / "toy-demo.jsonl"
+
+    def command(self, *arguments):
+        return [sys.executable, str(self.script), "--scale", "demo", "--out", str(self.out), *arguments]
+
+    def run(self, *arguments, **options):
+        return subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=120, **options)
+
+    def start(self, *arguments):
+        return subprocess.Popen(self.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def rows(self, name="toy-demo.jsonl"):
+        return [json.loads(line) for line in (self.out / name).read_text().splitlines()]
+
+    def wait_for_rows(self, count):
+        deadline = time.monotonic() + 60
+        while not self.path.exists() or self.path.read_bytes().count(b"\n") < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_rows_have_the_contract_fields_and_are_not_run_again(tmp_path):
+    toy = Toy(tmp_path)
+    first = toy.run("--jobs", "1", "--seeds", "0", "5")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("toy: device cpu, scale demo, data synthetic, 8 cells, 0 done")
+    rows = toy.rows()
+    assert len(rows) == 8 and {(r["seed"], r["beta"]) for r in rows} == set(itertools.product((0, 5), (1, 2, 3, 4)))
+    for row in rows:
+        assert {"figure", "scale", "dataset", "seed", "status", "seconds", "device", "torch", "git", "value"} <= {*row}
+        assert (row["figure"], row["scale"], row["dataset"], row["status"]) == ("toy", "demo", "synthetic", "ok")
+    again = toy.run("--jobs", "1", "--seeds", "0", "5")
+    assert "8 cells, 8 done" in again.stdout and "--out elsewhere" in again.stdout and toy.rows() == rows
+    other = toy.run("--jobs", "1", "--dataset", "other")
+    assert "4 cells, 0 done" in other.stdout and "rows 4" in other.stdout and len(toy.rows()) == 12
+
+
+def test_numbers_are_the_same_with_jobs(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    one, two = Toy(tmp_path / "a"), Toy(tmp_path / "b")
+    assert one.run("--jobs", "1").returncode == two.run("--jobs", "2").returncode == 0
+    values = [{r["beta"]: r["value"] for r in toy.rows()} for toy in (one, two)]
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_kill_and_torn_line_lose_nothing_finished_and_repeat_nothing(tmp_path, jobs):
+    toy = Toy(tmp_path, sleep=0.4, betas="1, 2, 3, 4, 5")
+    process = toy.start("--jobs", jobs)
+    toy.wait_for_rows(2)
+    process.kill()
+    process.communicate()
+    time.sleep(1.5)  # workers notice that their parent is gone
+    saved, logged = toy.rows(), toy.log.read_text().split()
+    with open(toy.path, "a") as file:
+        file.write('{"figure": "toy", "beta": 3, "se')
+    result = toy.run("--jobs", jobs)
+    assert result.returncode == 0 and "torn" in result.stderr and f"5 cells, {len(saved)} done" in result.stdout
+    rows = toy.rows()  # every line parses again
+    assert rows[:len(saved)] == saved and sorted(r["beta"] for r in rows) == [1, 2, 3, 4, 5]
+    done_again = toy.log.read_text().split()[len(logged):]
+    assert len(done_again) == 5 - len(saved)
+
+
+def test_ctrl_c_ends_with_130_and_says_what_is_saved(tmp_path):
+    for jobs in ("1", "2"):
+        toy = Toy(tmp_path, sleep=0.3, betas="1, 2, 3, 4, 5, 7, 8, 9")
+        process = toy.start("--jobs", jobs)
+        toy.wait_for_rows(1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+        assert process.returncode == 130 and str(toy.out) in error and "Traceback" not in error
+        toy.path.unlink()
+
+
+def test_shards_run_side_by_side_and_are_read_together(tmp_path):
+    toy = Toy(tmp_path, sleep=0.2, betas="1, 2, 3, 4, 5")
+    processes = [toy.start("--jobs", "1", "--shard", shard) for shard in ("1/2", "2/2")]
+    assert [p.wait(timeout=60) for p in processes] == [0, 0]
+    first, second = (toy.rows(f"toy-demo.{i}-of-2.jsonl") for i in (1, 2))
+    assert [r["beta"] for r in first] == [1, 3, 5] and [r["beta"] for r in second] == [2, 4]
+    assert not toy.path.exists()
+    result = toy.run("--plot-only")
+    assert "5 cells, 5 done" in result.stdout and "rows 5" in result.stdout
+
+
+def test_a_cell_with_a_list_yields_a_row_for_each_element(tmp_path):
+    toy = Toy(tmp_path, betas="[1, 2, 3], 4")
+    assert toy.run("--jobs", "1").returncode == 0
+    assert [(r["beta"], r["value"]) for r in toy.rows()][:3] == [(1, 2), (2, 4), (3, 6)]
+    lines = toy.path.read_text().splitlines(keepends=True)
+    toy.path.write_text("".join(lines[:2] + lines[3:]))  # a rung is lost: the walk is run again
+    result = toy.run("--jobs", "1")
+    assert "2 cells, 1 done" in result.stdout and len(toy.rows()) == 6
+
+
+def test_a_diverged_cell_is_recorded_and_the_rest_goes_on(tmp_path):
+    toy = Toy(tmp_path, betas="5, 6, 7")
+    assert toy.run("--jobs", "2").returncode == 0
+    assert {r["beta"]: r["status"] for r in toy.rows()} == {5: "ok", 6: "diverged", 7: "ok"}
+    assert "NaN" not in toy.path.read_text() and "3 done" in toy.run().stdout
+
+
+@pytest.mark.parametrize("arguments", [
+    "--gpu x", "--gpu -1", "--gpu 0,", "--jobs 0", "--jobs two", "--shard 3/2", "--shard 1", "--shard a/b",
+    "--shard 1/0", "--seeds -1", "--seeds one", "--scale huge", "--dataset imagenet", "--nonsense", "--plot-only"])
+def test_bad_values_give_one_line_status_2_and_write_nothing(tmp_path, arguments):
+    toy = Toy(tmp_path)
+    result = toy.run(*arguments.split())
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
+    value = arguments.split()[-1]
+    assert value in result.stderr and not toy.out.exists()
+
+
+def test_gpu_that_is_not_there_gives_a_warning(tmp_path):
+    result = Toy(tmp_path).run("--gpu", "7", "--jobs", "1")
+    assert result.returncode == 0 and result.stderr.count("\n") == 1 and result.stderr.startswith("warning: ")
+    assert "7" in result.stderr and "device cpu" in result.stdout
+
+
+def test_unwritable_folder_and_full_disk_end_in_one_line(tmp_path):
+    toy = Toy(tmp_path)
+    toy.out.write_text("a file, not a folder")
+    result = toy.run("--jobs", "1")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and str(toy.out) in result.stderr
+    toy.out.unlink()
+    limit = 400  # bytes that a file may have: the second row does not fit
+    result = toy.run("--jobs", "1", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+    result = toy.run("--jobs", "1")
+    assert result.returncode == 0 and sorted(r["beta"] for r in toy.rows()) == [1, 2, 3, 4]
+    if Path("/dev/full").exists():
+        toy.path.unlink()
+        toy.path.symlink_to("/dev/full")
+        result = toy.run("--jobs", "1")
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and "space" in result.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sections alone, the scripts, the README
+# ----------------------------------------------------------------------------------------------------------------------
+def test_sections_run_alone_under_the_import_block():
+    source = (HERE / "common.py").read_text()
+    imports, *sections = re.split(r"(?m)^# =+\n# (?=\d\. )", source)
+    assert len(sections) == 5
+    uses = ["layer = to_stochastic(nn.Linear(3, 2)); layer(torch.ones(1, 3)); layer.information().backward()",
+            "",
+            "assert g(1.0) > 0 and total_correlation(torch.randn(50, 3)) >= 0 and alpha_from_information(1.0, 2) < 1",
+            "synthetic_objects(2); synthetic_digits(2); synthetic_faces(2); "
+            "add_clutter(torch.zeros(2, 1, 28, 28), torch.Generator()); corrupt_labels(torch.zeros(4).long(), 0.5, 10, "
+            "torch.Generator())",
+            "assert summarise([{'status': 'ok', 'x': 1, 'y': 2.0}], 'x', 'y') == [(1, 2.0, 0.0, 1)]"]
+    for section, use in zip(sections, uses):
+        exec(compile(f"{imports}\n# {section}\n{use}", "section", "exec"), {"__name__": "pasted"})
+    exec(f"{imports}\n# {sections[0]}\n# {sections[1]}\nmodel = to_stochastic(nn.Linear(3, 2))\n"
+         "ib_loss(model(torch.ones(4, 3)), torch.ones(4).long(), model, 1.0, 4)[0].backward()", {"__name__": "pasted"})
+
+
+def run_tiny(script, settings, out, *arguments):
+    """Run a figure script as a subprocess with its demo settings cut down."""
+    code = (f"import sys; sys.argv = [{script + '.py'!r}, '--scale', 'demo', '--jobs', '1', '--out', {str(out)!r}, "
+            f"*{arguments!r}]; import {script} as figure; figure.SETTINGS['demo'].update({settings!r}); figure.main()")
+    return subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+
+
+FIG1 = dict(sizes=(20, 40), betas=(0.01, 0.3, 10.0), steps=30, ladder=(0.1, 0.5, 1.0), rung=5, hysteresis=(20,),
+            test=50)
+
+
+def test_fig1_runs_and_its_rows_keep_the_contract(tmp_path):
+    result = run_tiny("fig1_phase_transition", FIG1, tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "fig1_phase_transition-demo.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 2 * 3 + 2 * 3
+    assert {r["start"] for r in rows} == {"anneal", "memorised", "chance"}
+    assert {r["labels"] for r in rows} == {"random", "real"}
+    for r in rows:
+        assert {"labels", "n", "beta", "start", "objective", "train_acc", "train_acc_mean", "test_acc", "cross_entropy",
+                "information"} <= set(r)
+        assert r["objective"] == pytest.approx(r["cross_entropy"] + r["beta"] * r["information"] / r["n"], rel=1e-5)
+        assert all(0 <= r[key] <= 1 for key in ("train_acc", "train_acc_mean", "test_acc"))
+    for ending in ("png", "pdf"):
+        assert (tmp_path / f"fig1_phase_transition-demo.{ending}").stat().st_size > 10_000
+    assert "claim | paper | ours | holds?" in result.stdout
+    again = run_tiny("fig1_phase_transition", FIG1, tmp_path, "--plot-only")
+    table = result.stdout[result.stdout.index("claim |"):]
+    assert again.returncode == 0 and again.stdout.endswith(table)
+
+
+def test_fig1_draws_whatever_rows_there_are(tmp_path):
+    result = run_tiny("fig1_phase_transition", FIG1, tmp_path, "--shard", "1/9")
+    assert result.returncode == 0, result.stderr
+    rows = (tmp_path / "fig1_phase_transition-demo.1-of-9.jsonl").read_text().splitlines()
+    assert 0 < len(rows) < 6
+    row = json.loads(rows[0])
+    row["status"] = "diverged"
+    (tmp_path / "fig1_phase_transition-demo.1-of-9.jsonl").write_text(json.dumps(row) + "\n")
+    result = run_tiny("fig1_phase_transition", FIG1, tmp_path, "--plot-only")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "diverged" in result.stderr
+
+
+def test_fig1_says_what_is_missing_without_data(tmp_path):
+    (tmp_path / "cifar10.npz").write_bytes(b"broken")
+    command = [sys.executable, "fig1_phase_transition.py", "--scale", "cpu", "--out", str(tmp_path / "out"),
+               "--data-dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "cifar10.npz" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "results").glob("*-cpu.jsonl")), ids=lambda path: path.name)
+def test_committed_results_redraw(path, tmp_path):
+    figure = path.name.removesuffix("-cpu.jsonl")
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+    result = subprocess.run([sys.executable, f"{figure}.py", "--scale", "cpu", "--plot-only", "--out", str(tmp_path)],
+                            cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stderr == "" and "claim |" in result.stdout
+
+
+def test_readme_snippets_run(tmp_path):
+    snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        result = subprocess.run([sys.executable, "-c", snippet], cwd=HERE, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
