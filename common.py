@@ -56,7 +56,7 @@ class _CappedExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale):
         ctx.scale = scale
-        out = torch.mul(x, scale).clamp_(max=scale * MAX_LOG_SIGMA2).exp_()
+        out = x.clamp(max=MAX_LOG_SIGMA2).mul_(scale).exp_()
         ctx.save_for_backward(out)
         return out
 
@@ -89,24 +89,25 @@ K1, K2, K3 = 0.63576, 1.87320, 1.48695
 class _GaussianKL(torch.autograd.Function):
     """Sum over the weights of k1 - k1*sigmoid(k2 + k3*u) + softplus(-u)/2, u = log alpha; gradient in closed form.
 
-    One forward sweep, in place, yields the value and both gradients: twice as fast as leaving it to autograd.
+    One sweep forward yields the value and both gradients, at half the cost of leaving them to autograd.
     """
 
     @staticmethod
     def forward(ctx, weight, log_sigma2):
-        w, s = weight.to(torch.promote_types(weight.dtype, torch.float32)), log_sigma2
+        w, s = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (weight, log_sigma2))
+        s = s.clamp(max=MAX_LOG_SIGMA2)
         w2 = torch.mul(w, w).add_(EPS)
-        u = torch.log(w2).neg_().add_(s)
-        grad = torch.mul(u, K3).add_(K2).sigmoid_()
-        total = K1 * (w.numel() - grad.sum()) - 0.5 * u.clamp(max=0).sum()
-        grad.addcmul_(grad, grad, value=-1).mul_(-K1 * K3).sub_(torch.neg(u).sigmoid_(), alpha=0.5)
-        total += 0.5 * u.abs_().neg_().exp_().log1p_().sum()
-        ctx.save_for_backward(w2.reciprocal_().mul_(w).mul_(grad).mul_(-2), grad)
-        return total
+        total = torch.exp(s).add_(w2)  # 1 + 1/alpha = total / sigma^2
+        k = torch.log(w2).sub_(s).mul_(-K3).add_(K2).sigmoid_()
+        kl = K1 * (w.numel() - k.sum()) + 0.5 * torch.log(total).sub_(s).sum()
+        grad = k.addcmul_(k, k, value=-1).mul_(-K1 * K3).sub_(torch.div(w2, total, out=total), alpha=0.5)
+        ctx.save_for_backward(torch.mul(w, grad).div_(w2), grad)
+        return kl
 
     @staticmethod
     def backward(ctx, grad):
-        return tuple(grad * g for g in ctx.saved_tensors)
+        grad_weight, grad_log_sigma2 = ctx.saved_tensors
+        return grad_weight * (-2 * grad), grad_log_sigma2 * grad
 
 
 class _StochasticWeight:
@@ -631,10 +632,11 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see python {self.prog} --help)")
 
 
-def parse_args(doc, datasets, seeds, argv=None):
+def parse_args(doc, datasets, seeds, extra=None, argv=None):
     """Read the command line that all figure scripts share.
 
     doc: the script's docstring, for --help. datasets: {scale: names}, the first the default. seeds: {scale: list}.
+    extra: {flag: keywords of add_argument}, the script's own. argv: instead of sys.argv[1:].
     Returns a namespace: figure, scale, dataset, data_dir, out, seeds, jobs, shard ((i, n) or None), plot_only, devices
     (list of torch devices). Bad values: one line on stderr, exit status 2.
     """
@@ -668,6 +670,8 @@ def parse_args(doc, datasets, seeds, argv=None):
         help="cells trained at once, in processes, each on one CPU thread. Default: one a GPU, or one a CPU core")
     add("--shard", type=shard, metavar="I/N", help="run every N-th cell only, into a file of its own: for job arrays")
     add("--plot-only", action="store_true", help="draw from the rows there are, train nothing")
+    for flag, keywords in (extra or {}).items():
+        add(flag, **keywords)
     try:
         args = parser.parse_args(argv)
         args.devices = _devices(args.gpu)

@@ -754,10 +754,21 @@ def test_fig1_says_what_is_missing_without_data(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("path", sorted((HERE / "results").glob("*-cpu.jsonl")), ids=lambda path: path.name)
-def test_committed_results_redraw(path, tmp_path):
-    figure = path.name.removesuffix("-cpu.jsonl")
-    (tmp_path / path.name).write_bytes(path.read_bytes())
+def test_fig1_compares_caps_of_lognormal_noise(tmp_path):
+    result = run_tiny("fig1_phase_transition", FIG1, tmp_path, "--caps", "0", "1.5")
+    rows = [json.loads(line) for line in (tmp_path / "fig1_phase_transition-caps-demo.jsonl").read_text().splitlines()]
+    assert result.returncode == 0, result.stderr
+    assert {(r["cap"], r["beta"]) for r in rows} == {*itertools.product((0, 1.5), (0.01, 10))}
+    assert "cap on log" in result.stdout and not list(tmp_path.glob("fig1_phase_transition-demo*"))
+
+
+@pytest.mark.parametrize("figure", [p.stem for p in sorted(HERE.glob("fig?_*.py"))])
+def test_committed_results_redraw(figure, tmp_path):
+    paths = list((HERE / "results").glob(f"{figure}-cpu*.jsonl"))
+    for path in paths:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    if not paths:
+        pytest.skip("no results yet")
     result = subprocess.run([sys.executable, f"{figure}.py", "--scale", "cpu", "--plot-only", "--out", str(tmp_path)],
                             cwd=HERE, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0 and result.stderr == "" and "claim |" in result.stdout
