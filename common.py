@@ -26,8 +26,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
-import zlib
 from concurrent import futures
 from pathlib import Path
 
@@ -36,6 +34,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import einsum, rearrange
+from torch.autograd.function import once_differentiable
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs from writing one file
+    fcntl = None
 
 torch.set_flush_denormal(True)  # the moments of pruned weights decay into denormals, which slow a CPU several times
 
@@ -48,6 +52,10 @@ torch.set_flush_denormal(True)  # the moments of pruned weights decay into denor
 
 EPS = 1e-16  # added to w^2 before its logarithm: a weight that is exactly zero has a finite log alpha
 MAX_LOG_SIGMA2 = 20.0  # noise beyond this drowns everything already; without it exp overflows at log alpha = 100
+
+
+def _at_least_float32(tensor):
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class _CappedExp(torch.autograd.Function):
@@ -66,7 +74,7 @@ class _CappedExp(torch.autograd.Function):
 
 
 class _GaussianNoise(torch.autograd.Function):
-    """mean + sqrt(variance) * n with n ~ N(0, 1): one pass each way, where plain autograd takes five."""
+    """mean + sqrt(variance) * n, n ~ N(0, 1): one pass each way where autograd takes five. First derivatives only."""
 
     @staticmethod
     def forward(ctx, mean, variance):
@@ -78,6 +86,7 @@ class _GaussianNoise(torch.autograd.Function):
         return sample
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return grad, grad * ctx.saved_tensors[0]
 
@@ -89,13 +98,13 @@ K1, K2, K3 = 0.63576, 1.87320, 1.48695
 class _GaussianKL(torch.autograd.Function):
     """Sum over the weights of k1 - k1*sigmoid(k2 + k3*u) + softplus(-u)/2, u = log alpha; gradient in closed form.
 
-    One sweep forward yields the value and both gradients, at half the cost of leaving them to autograd.
+    One sweep forward yields the value and both gradients, at half the cost of leaving them to autograd. First
+    derivatives only.
     """
 
     @staticmethod
     def forward(ctx, weight, log_sigma2):
-        w, s = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (weight, log_sigma2))
-        s = s.clamp(max=MAX_LOG_SIGMA2)
+        w, s = _at_least_float32(weight), _at_least_float32(log_sigma2).clamp(max=MAX_LOG_SIGMA2)
         w2 = torch.mul(w, w).add_(EPS)
         total = torch.exp(s).add_(w2)  # 1 + 1/alpha = total / sigma^2
         k = torch.log(w2).sub_(s).mul_(-K3).add_(K2).sigmoid_()
@@ -105,6 +114,7 @@ class _GaussianKL(torch.autograd.Function):
         return kl
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         grad_weight, grad_log_sigma2 = ctx.saved_tensors
         return grad_weight * (-2 * grad), grad_log_sigma2 * grad
@@ -125,15 +135,21 @@ class _StochasticWeight:
     @property
     def log_alpha(self):
         """log alpha of every weight, shape of `weight`; log-normal: at most max_log_alpha. Assign a float or tensor."""
-        weight, log_sigma2 = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (self.weight, self.log_sigma2))
-        log_alpha = log_sigma2 - torch.log(weight * weight + EPS)
+        log_alpha = self._free_log_alpha()
         return log_alpha.clamp(max=self.max_log_alpha) if self.noise == "lognormal" else log_alpha
 
     @log_alpha.setter
     def log_alpha(self, value):
         with torch.no_grad():
-            weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-            self.log_sigma2.copy_(value + torch.log(weight * weight + EPS))
+            self.log_sigma2.copy_(value + torch.log(_at_least_float32(self.weight) ** 2 + EPS))
+
+    def _free_log_alpha(self):
+        return _at_least_float32(self.log_sigma2) - torch.log(_at_least_float32(self.weight) ** 2 + EPS)
+
+    def _capped_alpha(self):
+        """alpha of log-normal noise, capped in value but not in gradient, so that a weight at the cap can come back."""
+        log_alpha = self._free_log_alpha()
+        return torch.exp(log_alpha - F.relu(log_alpha - self.max_log_alpha).detach())
 
     def information(self):
         """Upper bound I~(w;D) on what the weights of this layer hold about the data: 0-d tensor, nats (Prop. 4.1).
@@ -151,26 +167,27 @@ class _StochasticWeight:
         if not (self.training if self.sampling is None else self.sampling):
             return linear(x, self.weight, self.bias)
         if self.local:
-            if self.noise == "gaussian":
-                variance = _CappedExp.apply(self.log_sigma2, 1.0)
-            else:
-                variance = (self.weight.float() ** 2 * torch.expm1(self.log_alpha.exp())).to(self.weight.dtype)
-            variance = linear(x * x, variance, None)
-            variance = variance.to(torch.promote_types(variance.dtype, torch.float32))
+            with torch.autocast(x.device.type, enabled=False):  # squares leave the range of half precision
+                if self.noise == "gaussian":
+                    variance = _CappedExp.apply(_at_least_float32(self.log_sigma2), 1.0)
+                else:
+                    variance = _at_least_float32(self.weight) ** 2 * torch.expm1(self._capped_alpha())
+                variance = linear(_at_least_float32(x) ** 2, variance, None)
             return _GaussianNoise.apply(linear(x, self.weight, self.bias), variance)
         noise = torch.randn(self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
         if self.noise == "gaussian":
             weight = torch.addcmul(self.weight, _CappedExp.apply(self.log_sigma2, 0.5), noise)
         else:
-            std = torch.exp(0.5 * self.log_alpha)
-            weight = self.weight * torch.exp(std * noise - 0.5 * std * std).to(self.weight.dtype)
+            alpha = self._capped_alpha()
+            weight = self.weight * torch.exp((alpha + 1e-30).sqrt() * noise - 0.5 * alpha).to(self.weight.dtype)
         return linear(x, weight, self.bias)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A checkpoint of the plain layer has no noise: keep this layer's alpha, relative to the weights it brings."""
-        if prefix + "weight" in state_dict and prefix + "log_sigma2" not in state_dict:
-            alpha, weight = self.log_alpha.detach(), state_dict[prefix + "weight"].to(self.weight).float()
-            state_dict[prefix + "log_sigma2"] = (alpha + torch.log(weight * weight + EPS)).to(self.log_sigma2.dtype)
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.shape == self.weight.shape and prefix + "log_sigma2" not in state_dict:
+            log_alpha, weight = self._free_log_alpha().detach(), _at_least_float32(weight.to(self.weight))
+            state_dict[prefix + "log_sigma2"] = (log_alpha + torch.log(weight**2 + EPS)).to(self.log_sigma2.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self):
@@ -217,8 +234,9 @@ def to_stochastic(module, *, skip=(), noise="gaussian", local=None, log_alpha=-6
 
     Weights, device, dtype, hooks, names and eval-mode outputs stay as they are; layers shared between places stay
     shared. skip: names of layers to leave alone, as in named_modules(); the name of a block spares all within. local:
-    None for each layer's own default. A module that is itself a layer is converted too; subclasses of the two that do
-    something else with their weights are left alone. ValueError for a name in skip that is not in the model.
+    None for each layer's own default. A module that is itself a layer is converted too. Subclasses of the two, such as
+    the projections of nn.MultiheadAttention, stay plain; nn.TransformerEncoderLayer bypasses its layers in eval() with
+    no_grad() unless torch.backends.mha.set_fastpath_enabled(False). ValueError for a name in skip that is unknown.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     layers = dict(module.named_modules())
@@ -256,20 +274,21 @@ def sample_weights(model, draw=True):
 def weight_information(model):
     """Information in the weights of a model, the sum over its stochastic layers of I~(w;D): 0-d tensor, nats.
 
-    Biases, batch normalisation and plain layers hold no noise and are not counted. ValueError where nothing is.
+    Biases, batch normalisation and plain layers have no noise and are not counted, tied weights are counted once.
+    ValueError where nothing is stochastic.
     """
-    layers = [m for m in model.modules() if isinstance(getattr(m, "log_sigma2", None), nn.Parameter)]
+    layers = {id(m.weight): m for m in model.modules() if isinstance(getattr(m, "log_sigma2", None), nn.Parameter)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no stochastic layer: see to_stochastic(model)")
-    return sum(layer.information() for layer in layers)
+    return sum(layer.information() for layer in layers.values())
 
 
 def ib_loss(logits, target, model, beta, n):
     """The information Lagrangian for the weights (eq. 3), per sample: cross-entropy + beta/n * I(w;D), in nats.
 
     logits: (batch, classes). target: class indices (batch,), or 0/1 attributes (batch, attributes), whose binary
-    cross-entropies are summed over the attributes. n: the number of training samples, not of the batch; the paper's
-    Lagrangian has the sum over them, so that with the mean the information weighs beta/n, and beta = 1 is the ELBO.
+    cross-entropies are summed over the attributes. beta: float. n: the number of training samples, not of the batch;
+    the paper's Lagrangian has the sum over them, so with the mean the information weighs beta/n; beta = 1 is the ELBO.
     Returns (loss, cross_entropy, information), 0-d tensors; the last two carry gradients too.
     ValueError where the model has no stochastic layer, beta < 0 or n < 1.
     """
@@ -414,14 +433,18 @@ def _arrays(name, data_dir, keys, shape, of_torchvision):
         return [arrays[key] for key in keys]
     try:
         with np.load(path) as file:
-            arrays = {key: file[key] for key in keys if key in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+            missing = [key for key in keys if key not in file.files]
+            arrays = {} if missing else {key: file[key] for key in keys}
+    except Exception as error:  # zip, zlib, header and pickle errors each have their own type
         raise DataError(f"{path} is damaged ({error}): delete it to have it made anew, or use --scale demo") from error
-    if missing := [key for key in keys if key not in arrays]:
+    if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}: it should hold the arrays {', '.join(keys)}")
-    for key, array in arrays.items():
-        if key in ("x_train", "x_test", "images") and (array.shape[1:] != shape or array.dtype != np.uint8):
-            raise DataError(f"{path}: {key} is {array.dtype} {array.shape}, it should be uint8 {('n', *shape)}")
+    for key, of in (("x_train", "y_train"), ("x_test", "y_test"), ("images", "attrs")):
+        if key in arrays:
+            images, labels = arrays[key], arrays[of]
+            if (images.dtype, images.shape) != (np.uint8, (len(labels), *shape)) or labels.dtype.kind not in "ui":
+                raise DataError(f"{path}: {key} should be uint8 {('n', *shape)} and {of} n integers, not "
+                                f"{images.dtype} {images.shape} and {labels.dtype} {labels.shape}")
     return [arrays[key] for key in keys]
 
 
@@ -629,7 +652,7 @@ class UsageError(Exception):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UsageError(f"{message} (see python {self.prog} --help)")
+        _exit_with(f"{message} (see python {self.prog} --help)")
 
 
 def parse_args(doc, datasets, seeds, extra=None, argv=None):
@@ -652,8 +675,8 @@ def parse_args(doc, datasets, seeds, extra=None, argv=None):
         return parse
 
     gpus = checked(lambda t: [int(v) for v in t.split(",")], lambda v: min(v) >= 0, "a GPU index such as 0, or 0,1")
-    shard = checked(lambda t: tuple(int(v) for v in t.split("/")), lambda v: len(v) == 2 and 0 <= v[0] <= v[1] > 0,
-                    "I/N with I from 1 to N (0 counts as N)")
+    shard = checked(lambda t: tuple(int(v) for v in t.split("/")), lambda v: len(v) == 2 and 1 <= v[0] <= v[1],
+                    "I/N with I from 1 to N")
     parser = _Parser(prog=Path(sys.argv[0]).name, description=doc, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -664,7 +687,7 @@ def parse_args(doc, datasets, seeds, extra=None, argv=None):
         f"{scale}: {' or '.join(names)}" for scale, names in datasets.items()))
     add("--data-dir", type=Path, default=Path("data"), help="where data sets lie or are downloaded to (data)")
     add("--out", type=Path, default=Path("results"), help="where rows and plots go, and are looked for (results)")
-    add("--seeds", type=checked(int, lambda v: v >= 0, "a whole number from 0 up"), nargs="+", metavar="0",
+    add("--seeds", type=checked(int, lambda v: 0 <= v < 2**63, "a whole number from 0 up"), nargs="+", metavar="0",
         help="run every cell once for each of these seeds")
     add("--jobs", type=checked(int, lambda v: v > 0, "a whole number from 1 up"), metavar="K",
         help="cells trained at once, in processes, each on one CPU thread. Default: one a GPU, or one a CPU core")
@@ -672,21 +695,19 @@ def parse_args(doc, datasets, seeds, extra=None, argv=None):
     add("--plot-only", action="store_true", help="draw from the rows there are, train nothing")
     for flag, keywords in (extra or {}).items():
         add(flag, **keywords)
-    try:
-        args = parser.parse_args(argv)
-        args.devices = _devices(args.gpu)
-        on_cpu = args.devices[0].type == "cpu"
-        args.scale = args.scale or ("cpu" if on_cpu else "paper")
-        args.dataset = args.dataset or datasets[args.scale][0]
-        if args.dataset not in datasets[args.scale]:
-            parser.error(f"argument --dataset: {args.dataset!r} does not go with --scale {args.scale}: "
-                         f"choose {' or '.join(datasets[args.scale])}")
-    except UsageError as error:
-        _exit_with(error)
+    args = parser.parse_args(argv)
+    args.devices = _devices(args.gpu)
+    on_cpu = args.devices[0].type == "cpu"
+    args.scale = args.scale or ("cpu" if on_cpu else "paper")
+    args.dataset = args.dataset or datasets[args.scale][0]
+    if args.dataset not in datasets[args.scale]:
+        parser.error(f"argument --dataset: {args.dataset!r} does not go with --scale {args.scale}: "
+                     f"choose {' or '.join(datasets[args.scale])}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     args.jobs = args.jobs or (cores if on_cpu else len(args.devices))
     args.seeds = list(dict.fromkeys(args.seeds or seeds[args.scale]))
     args.figure = Path(sys.argv[0]).stem
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show β still shows the rest
     return args
 
 
@@ -738,37 +759,35 @@ def run_grid(cells, train_cell, args, prepare=None):
 
 def _run_missing_cells(cells, train_cell, args, prepare):
     cells = [cell | {"seed": seed} for seed in args.seeds for cell in cells]
-    if args.shard:
-        cells = cells[(args.shard[0] - 1) % args.shard[1]::args.shard[1]]
     names = sorted({name for cell in cells for name in cell})
-    rows = read_rows(args)
-    done = {_key(row, names) for row in rows}
-    todo = [cell for cell in cells if not all(_key(row, names) in done for row in _rows_of(cell))]
-    device = " ".join("cpu" if d.type == "cpu" else torch.cuda.get_device_name(d) for d in args.devices)
-    print(f"{args.figure}: device {device}, scale {args.scale}, data {args.dataset}, {len(cells)} cells, "
+    if args.shard:
+        cells = cells[args.shard[0] - 1::args.shard[1]]
+    rows = {_key(row, names): row for row in read_rows(args)}
+    todo = [cell for cell in cells if not all(_key(row, names) in rows for row in _rows_of(cell))]
+    devices = ", ".join(map(_device_name, args.devices))
+    print(f"{args.figure}: device {devices}, scale {args.scale}, data {args.dataset}, {len(cells)} cells, "
           f"{len(cells) - len(todo)} done", flush=True)
     if args.plot_only or not todo:
         print("redrawing" + ("" if args.plot_only else "; to train anew, add --out elsewhere"), flush=True)
-        return rows
+        return list(rows.values())
     if prepare:
         prepare(args)
     stem = f"{args.figure}-{args.scale}" + (".{}-of-{}".format(*args.shard) if args.shard else "")
     path = args.out / f"{stem}.jsonl"
-    shared = {"figure": args.figure, "scale": args.scale, "dataset": args.dataset, "status": "ok", "device": device,
+    shared = {"figure": args.figure, "scale": args.scale, "dataset": args.dataset, "status": "ok",
               "torch": torch.__version__, "git": _git_revision()}
     started = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
-    _drop_torn_tail(path)
-    with open(path, "ab", buffering=0) as file, contextlib.closing(_finished_cells(todo, train_cell, args)) as finished:
-        for count, (cell, results, seconds) in enumerate(finished, 1):
-            new = [shared | {"seconds": round(seconds, 1)} | row | result
+    with _open_for_rows(path) as file, contextlib.closing(_finished_cells(todo, train_cell, args)) as finished:
+        for count, (cell, results, device, seconds) in enumerate(finished, 1):
+            new = [shared | {"seconds": round(seconds / len(results), 1), "device": device} | row | result
                    for row, result in zip(_rows_of(cell), results)]
             data = "".join(json.dumps(row) + "\n" for row in new).encode()
             if file.write(data) != len(data):
                 raise OSError(f"{path}: only part of a row could be written, is the disk full?")
             os.fsync(file.fileno())
             _print_row(cell, new[-1], count, len(todo), time.monotonic() - started)
-    return read_rows(args)
+    return list({_key(row, names): row for row in read_rows(args)}.values())
 
 
 def read_rows(args):
@@ -776,10 +795,10 @@ def read_rows(args):
     rows = []
     stem = f"{args.figure}-{args.scale}"
     for path in sorted([*args.out.glob(f"{stem}.jsonl"), *args.out.glob(f"{stem}.*-of-*.jsonl")]):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(True) if path.is_file() else []
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line if line.endswith("\n") else "torn")
                 rows += [row] if row["dataset"] == args.dataset else []
             except (ValueError, KeyError, TypeError):
                 print(f"warning: {path}: line {number} is torn, its cell counts as not run", file=sys.stderr)
@@ -796,20 +815,21 @@ def _key(row, names):
     return json.dumps([row.get(name) for name in names])
 
 
-def _drop_torn_tail(path):
-    """Cut off a last line that a crash left unfinished, so that the next row starts a line of its own."""
-    if path.is_file() and (tail := path.read_bytes().rpartition(b"\n")[2]):
-        with open(path, "r+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            try:
-                json.loads(tail)
-                file.write(b"\n")
-            except ValueError:
-                file.truncate(end - len(tail))
+def _open_for_rows(path):
+    """Open for appending by this run alone, less a last line that a crash left unfinished."""
+    file = open(path, "ab", buffering=0)
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"another run is writing {path}: wait for it, or give each its --shard or --out") from None
+    if path.is_file():
+        file.truncate(path.read_bytes().rfind(b"\n") + 1)
+    return file
 
 
 def _finished_cells(todo, train_cell, args):
-    """Yield (cell, list of results, seconds) as cells finish, in this process or in args.jobs of them."""
+    """Yield (cell, list of results, device name, seconds) as cells finish, in this process or in args.jobs of them."""
     tasks = [(train_cell, cell, args.devices[i % len(args.devices)], args) for i, cell in enumerate(todo)]
     if min(args.jobs, len(todo)) == 1:
         _set_up_process()
@@ -842,7 +862,7 @@ def _run_cell(train_cell, cell, device, args):
             raise FloatingPointError("a result is not finite")
     except FloatingPointError:
         results = [{"status": "diverged"}] * len(_rows_of(cell))
-    return cell, results, time.monotonic() - started
+    return cell, results, _device_name(device), time.monotonic() - started
 
 
 def _set_up_process():
@@ -862,11 +882,17 @@ def _set_up_worker():
     _set_up_process()
 
 
+def _device_name(device):
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
 def _git_revision():
-    """Commit of this folder, with -dirty where files differ from it; "unknown" where there is none."""
+    """Commit of this folder, with -dirty where its Python files differ from it; "unknown" where there is none."""
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True, timeout=10).stdout.strip()
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

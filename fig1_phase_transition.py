@@ -11,7 +11,7 @@ whatever N is; the information that memorising takes grows linearly with N; on r
 Protocol, the same for every cell and fixed beforehand: Adam; 100 epochs, or `steps` if that is more; learning rate held
 from 10% to 80% of the steps, then brought to 0 by a cosine; beta raised linearly from 0 over the first 40% and held
 for the rest. Memorising and chance are two minima that coexist over a range of beta: at full learning rate a net
-leaves a state that is no minimum, but it does not cross a barrier. Two more kinds of runs measure that range:
+soon leaves a state that is no minimum, and crosses no barrier soon. Two more kinds of runs measure that range:
   start = "memorised": memorise at the smallest beta, then raise beta rung by rung until the memory is lost;
   start = "chance":    begin at the largest beta, then lower it rung by rung until something is learned.
 Accuracy and cross-entropy are those of sampled weights on the train set, unless the name says mean.
@@ -38,11 +38,11 @@ SETTINGS = {
                  hysteresis=(100,), ladder=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2), rung=80, test=1000),
     "cpu": dict(width=1 / 4, sizes=(100, 300, 1000, 3000), betas=(0.03, 0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.2, 3.0),
                 steps=1500, batch=100, hysteresis=(300, 1000),
-                ladder=(0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0), rung=300, test=5000),
+                ladder=(0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.3), rung=300, test=5000),
     "paper": dict(width=1, sizes=(100, 300, 1000, 3000, 10_000, 30_000, 50_000),
                   betas=(0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.2, 3.0, 10.0), steps=6000, batch=500,
                   hysteresis=(1000, 10_000),
-                  ladder=(0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2), rung=2000, test=10_000),
+                  ladder=(0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.3), rung=2000, test=10_000),
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
 DATASETS = {"demo": ["synthetic"], "cpu": ["cifar10", "synthetic"], "paper": ["cifar10", "synthetic"]}
@@ -54,13 +54,13 @@ LR, LR_NOISE = 3e-3, 0.04  # Adam's learning rates of the means and of log sigma
 # ----------------------------------------------------------------------------------------------------------------------
 def load_data(args):
     """(x_train, y_train, x_test, y_test) as loaded, uint8, and the mean and std of each channel of x_train."""
-    return load_once(args.dataset, args.data_dir)
+    return load_once(args.dataset, args.data_dir, max(SETTINGS[args.scale]["sizes"]), SETTINGS[args.scale]["test"])
 
 
 @functools.lru_cache(maxsize=1)
-def load_once(dataset, data_dir):
+def load_once(dataset, data_dir, n_train, n_test):
     if dataset == "synthetic":
-        data = *synthetic_objects(2000, seed=0), *synthetic_objects(2000, seed=1)
+        data = *synthetic_objects(n_train, seed=0), *synthetic_objects(n_test, seed=1)
     else:
         data = load_cifar10(data_dir)
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in data[0].unbind(1)]).double()
@@ -89,7 +89,7 @@ def make_cell_data(cell, test, device, args):
 
 
 def small_alexnet(width=1.0, **noise):
-    """The paper's Small AlexNet; noise: options of its layers. Pooling and ReLU commute: pooled first, ReLU costs less."""
+    """The paper's Small AlexNet; noise: options of its layers. Pooling and ReLU commute: pooled first is cheaper."""
     conv, fc1, fc2 = int(64 * width), int(384 * width), int(192 * width)
     return nn.Sequential(
         StochasticConv2d(3, conv, 5, padding=2, **noise), nn.MaxPool2d(2), nn.ReLU(),
@@ -212,15 +212,18 @@ def transition(rows):
 
 
 def hysteresis(rows):
-    """(lower, equal, upper): beta where memory is born, where both states have one objective, where memory dies.
+    """(lower, equal, upper): beta where memory is born, where the two states have one objective, where memory dies.
 
-    Born and dead mean an accuracy of 55% on the way down and on the way up. The objective of chance is log 10, that of
-    memory is read off the runs that start memorised, as long as they remember.
+    Born and dead mean an accuracy of 55% on the way down and on the way up. The objectives are compared where the net
+    that began with memory remembers and the one that began at chance does not.
     """
     up, down = (summarise(rows, "beta", "train_acc", start=start) for start in ("memorised", "chance"))
-    remembers = [beta for beta, accuracy, *_ in up if accuracy > 0.55]
-    objective = [(b, -j) for b, j, *_ in summarise(rows, "beta", "objective", start="memorised") if b in remembers]
-    return crossing(down, 0.55), crossing(objective, -LOG10), crossing(up, 0.55)
+    knows, ignores = ({beta for beta, accuracy, *_ in some if (accuracy > 0.55) == has}
+                      for some, has in ((up, True), (down, False)))
+    memory, chance = (dict(p[:2] for p in summarise(rows, "beta", "objective", start=start))
+                      for start in ("memorised", "chance"))
+    gap = [(beta, chance[beta] - memory[beta]) for beta in sorted(knows & ignores)]
+    return crossing(down, 0.55), crossing(gap, 0.0), crossing(up, 0.55)
 
 
 def per_seed(function, rows):
@@ -230,64 +233,70 @@ def per_seed(function, rows):
 
 
 def claims(rows, args):
-    """The claims of the figure: [(sentence, the paper's value, ours, holds)], holds None where rows are missing."""
+    """The claims of the figure: [(sentence, the paper's value, ours, holds)]; holds is None where cells are missing."""
     s = SETTINGS[args.scale]
-    random, real = ([r for r in rows if r["labels"] == labels and r["status"] == "ok"] for labels in ("random", "real"))
-    annealed = {n: [r for r in random if r["n"] == n and r["start"] == "anneal"] for n in s["sizes"]}
-    annealed = {n: some for n, some in annealed.items() if some}
-    if not annealed:
-        return []
+    good = [r for r in rows if r["status"] == "ok"]
+    random, real = ([r for r in good if r["labels"] == labels and r["start"] == "anneal"] for labels in ("random", "real"))
+    ladder = [r for r in good if r["start"] != "anneal"]
+    wanted = {(n, beta) for n in s["sizes"] for beta in s["betas"]}
+    all_random, all_real = ({(r["n"], r["beta"]) for r in some} >= wanted for some in (random, real))
     table = []
 
-    def claim(sentence, paper, values, show, test):
-        """values: {what: array of one number a seed}, shown as mean and spread; test sees all of them."""
-        ours = [f"{what}: {show.format(v.mean())}" + (f" ± {show.format(v.std(ddof=1))}" if len(v) > 1 else "")
+    def claim(complete, sentence, paper, values, show, test):
+        """values: {what: numbers, one a seed}, shown as mean and spread. test sees all of them; a nan fails it."""
+        ours = [f"{what}: {show.format(np.mean(v))}" + (f" ± {show.format(np.std(v, ddof=1))}" if len(v) > 1 else "")
                 for what, v in values.items() if len(v)]
-        flat = np.concatenate(list(values.values()))
-        holds = None if len(ours) < len(values) or np.isnan(flat).any() else bool(test(flat))
+        flat = np.array([x for v in values.values() for x in v])
+        holds = bool(np.isfinite(flat).all() and test(flat)) if complete and len(ours) == len(values) else None
         table.append((sentence, paper, "; ".join(ours), holds))
 
-    def accuracies(n, keep):
-        return np.array([r["train_acc"] for r in annealed[n] if keep(r["beta"])])
+    def by_size(key, some, where=lambda r: True):
+        return {f"N={n:,}": [key(r) for r in some if r["n"] == n and where(r)] for n in s["sizes"]}
 
     lowest, wall = min(s["betas"]), [beta for beta in s["betas"] if beta >= 1.2]
-    claim(f"random labels: over 85% memorised at β = {lowest:g}, for every N", "98%",
-          {f"N={n:,}": accuracies(n, lambda beta: beta == lowest) for n in annealed}, "{:.1%}",
-          lambda v: v.min() > 0.85)
-    claim("random labels: train accuracy falls through 55% at β between 0.3 and 1.05, for every N",
-          "; ".join(f"N={n:,}: {PAPER_CROSSING[n]:g}" for n in annealed if n in PAPER_CROSSING),
-          {f"N={n:,}": per_seed(transition, annealed[n]) for n in annealed}, "{:.2f}",
+    claim(all_random, f"random labels: over 85% memorised at β = {lowest:g}, for every N", "98%",
+          by_size(lambda r: r["train_acc"], random, lambda r: r["beta"] == lowest), "{:.1%}", lambda v: v.min() > 0.85)
+    claim(all_random, "random labels: train accuracy falls through 55% at β between 0.3 and 1.05, for every N",
+          "; ".join(f"N={n:,}: {PAPER_CROSSING[n]:g}" for n in s["sizes"] if n in PAPER_CROSSING),
+          {f"N={n:,}": per_seed(transition, [r for r in random if r["n"] == n]) for n in s["sizes"]}, "{:.2f}",
           lambda v: v.min() >= 0.3 and v.max() <= 1.05)
-    claim(f"random labels: chance (under 20%) for every N at β = {', '.join(map('{:g}'.format, wall))}",
-          "20% at β = 1.1 to 1.9", {f"N={n:,}": accuracies(n, lambda beta: beta in wall) for n in annealed}, "{:.1%}",
+    claim(all_random, f"random labels: chance (under 20%) for every N at β = {', '.join(map('{:g}'.format, wall))}",
+          "20% at β = 1.1 to 1.9", by_size(lambda r: r["train_acc"], random, lambda r: r["beta"] in wall), "{:.1%}",
           lambda v: v.max() < 0.2)
     for n in s["hysteresis"]:
-        ends = per_seed(hysteresis, [r for r in random if r["n"] == n]).reshape(-1, 3).T
-        claim(f"N = {n:,}: memory and chance coexist; β of memory born, equal objective, memory dead, each below 1.05",
-              "not shown", dict(zip(("born", "equal", "dead"), ends)), "{:.2f}",
+        some = [r for r in ladder if r["n"] == n]
+        ends = per_seed(hysteresis, some).reshape(-1, 3).T
+        claim({(r["start"], r["beta"]) for r in some} >= {(w, b) for w in ("memorised", "chance") for b in s["ladder"]},
+              f"N = {n:,}: memory and chance coexist over {s['rung']} steps a rung; memory is born, has an equal objective, "
+              "and dies at β below 1.05, in this order", "not shown", dict(zip(("born", "equal", "dies"), ends)), "{:.2f}",
               lambda v: (np.diff(ends, axis=0) > 0).all() and v.max() < 1.05)
     beta = information_beta(s)
-    memorised = [r for some in annealed.values() for r in some if r["beta"] == beta and r["train_acc"] > 0.85]
+    memorised = [r for r in random if r["beta"] == beta and r["train_acc"] > 0.85]
     n, information = (np.array([r[key] for r in memorised], float) for key in ("n", "information"))
-    if len(set(n)) > 1:
-        slope = n @ information / (n @ n)
-        r2 = 1 - ((information - slope * n) ** 2).sum() / ((information - information.mean()) ** 2).sum()
-        table.append((f"random labels: memorising takes information linear in N (β = {beta:g}; R² of I = slope·N)",
-                      "linear", f"{slope:.2f} nats a sample, R² = {r2:.4f} over {len(n)} runs", r2 > 0.95))
-    ratio = max(((LOG10 - r["cross_entropy"]) / r["information"] * r["n"], r["beta"], r["n"]) for r in random
-                if r["information"] > 0.05 * r["n"])
-    table.append(("random labels: label nats memorised per weight nat never exceed 1", "at most 1 (theory)",
-                  "at most {:.2f}, at β = {:g}, N = {:,}".format(*ratio), ratio[0] <= 1))
-    test = np.array([p[1] for some in annealed.values() for p in summarise(some, "beta", "test_acc")])
-    table.append(("random labels: test accuracy is 10% throughout (10% ± 3% in every cell's mean over seeds)", "10%",
-                  f"{test.min():.1%} to {test.max():.1%}, mean {test.mean():.1%}", bool((abs(test - 0.1) < 0.03).all())))
-    curves = {n: summarise(real, "beta", "test_acc", n=n) for n in s["sizes"]}
-    best = {n: max(points, key=lambda p: p[1]) for n, points in curves.items() if points}
-    table.append(("real labels: test accuracy grows with N (its best β, for the record)", "grows",
-                  "; ".join(f"N={n:,}: {p[1]:.1%} ± {p[2]:.1%} at β = {p[0]:g}" for n, p in best.items()),
-                  all(np.diff([p[1] for p in best.values()]) > 0) if len(best) > 1 else None))
-    diverged = sum(r["status"] == "diverged" for r in rows)
-    table.append(("no run diverged", "-", f"{diverged} of {len(rows)} rows", diverged == 0))
+    slope = n @ information / max(n @ n, 1)
+    r2 = 1 - ((information - slope * n) ** 2).sum() / max(((information - information.mean()) ** 2).sum(), 1e-9)
+    exponent = np.polyfit(np.log(n), np.log(information), 1)[0] if len(set(n)) > 1 else math.nan
+    claim(all_random, f"random labels: memorising takes information linear in N (β = {beta:g}, {len(n)} memorised runs; "
+          "I = slope·N with R² over 0.95, and I ~ N^exponent with 0.85 to 1.15)", "linear",
+          {"slope, nats a sample": [slope], "R²": [r2], "exponent": [exponent]}, "{:.3g}",
+          lambda v: v[1] > 0.95 and 0.85 < v[2] < 1.15)
+    per_sample = by_size(lambda r: r["information"] / r["n"], real, lambda r: r["beta"] == beta)
+    claim(all_real, f"real labels: the information per sample falls as N grows (β = {beta:g})", "saturates", per_sample,
+          "{:.2f}", lambda v: (np.diff([np.mean(p) for p in per_sample.values()]) < 0).all())
+    claim(all_random, "random labels: label nats memorised per weight nat never exceed 1 (runs with over 0.05 weight nats a "
+          "sample; biases and batch normalisation are not charged)", "at most 1 (theory)",
+          {k: [max(v, default=math.nan)] for k, v in by_size(lambda r: r["label_information"] / r["information"] * r["n"],
+           random + ladder, lambda r: r["information"] > 0.05 * r["n"]).items()}, "at most {:.2f}", lambda v: v.max() <= 1)
+    tests = [np.mean([r["test_acc"] for r in random if (r["n"], r["beta"]) == cell]) for cell in wanted] if all_random else []
+    claim(all_random, "random labels: test accuracy is 10% throughout (10% ± 3% in every cell's mean over seeds)", "10%",
+          {"least": [min(tests, default=math.nan)], "most": [max(tests, default=math.nan)]}, "{:.1%}",
+          lambda v: abs(v - 0.1).max() < 0.03)
+    tests = by_size(lambda r: r["test_acc"], real, lambda r: r["beta"] == beta)
+    claim(all_real, f"real labels: test accuracy grows with N (β = {beta:g})", "grows", tests, "{:.1%}",
+          lambda v: (np.diff([np.mean(t) for t in tests.values()]) > 0).all())
+    best = {n: max(summarise(real, "beta", "test_acc", n=n), key=lambda p: p[1], default=(math.nan,)) for n in s["sizes"]}
+    table.append(("for the record, chosen on the test set: β of the best test accuracy, real labels", "-",
+                  "; ".join(f"N={n:,}: {p[0]:g}" for n, p in best.items()), None))
     return table
 
 
@@ -304,6 +313,8 @@ def plot(rows, args):
     good = [r for r in rows if r["status"] == "ok"]
     random = [r for r in good if r["labels"] == "random"]
     sizes = sorted({r["n"] for r in good})
+    for r in good:
+        r["per_sample"] = r["information"] / r["n"]
     colours = dict(zip(sizes, plt.cm.viridis(np.linspace(0, 0.85, len(sizes)))))
     seeds = sorted({r["seed"] for r in good})
     fig, axes = new_figure(2, 4, f"Fig. 1: Small AlexNet, width ×{s['width']:g}, {args.dataset}, scale {args.scale}, "
@@ -336,15 +347,16 @@ def plot(rows, args):
 
     ax, beta = axes[1, 2], information_beta(s)
     for labels, colour in (("random", "C3"), ("real", "C0")):
-        plot_points(ax, summarise(good, "n", "information", labels=labels, start="anneal", beta=beta), color=colour,
+        plot_points(ax, summarise(good, "n", "per_sample", labels=labels, start="anneal", beta=beta), color=colour,
                     label=f"{labels} labels")
-    ax.plot(sizes, LOG10 * np.array(sizes), color="0.6", ls="--", label="log 10 nats a sample")
-    ax.set(xscale="log", yscale="log", xlabel="N", ylabel="I(w;D), nats", title=f"information, β = {beta:g}")
+    ax.axhline(LOG10, color="0.6", ls="--", label="log 10: a random label")
+    ax.set(xscale="log", xlabel="N", ylabel="I(w;D)/N, nats per sample", title=f"information in the weights, β = {beta:g}")
+    ax.set_ylim(bottom=0)
 
     ax = axes[1, 3]
     for n in sizes:
-        some = [r for r in random if r["n"] == n and r["information"] > 0.05 * n]
-        ax.plot([r["information"] / n for r in some], [LOG10 - r["cross_entropy"] for r in some], ".", color=colours[n],
+        some = [r for r in random if r["n"] == n and r["per_sample"] > 0.05]
+        ax.plot([r["per_sample"] for r in some], [r["label_information"] for r in some], ".", color=colours[n],
                 label=f"N = {n:,}")
     nats = np.geomspace(0.05, 50)
     ax.plot(nats, np.minimum(nats, LOG10), "k--", lw=1, label="what theory allows: one to one, up to log 10")
@@ -362,10 +374,9 @@ def plot_map(ax, rows, labels, key):
     cells = sorted({(r["n"], r["beta"]) for r in rows})
     value = [np.mean([r[key] for r in rows if (r["n"], r["beta"]) == cell]) for cell in cells]
     x, y = np.log10([[n, beta / n] for n, beta in cells]).reshape(-1, 2).T
-    if len({n for n, _ in cells}) > 1 and len({beta for _, beta in cells}) > 1:
+    if np.linalg.matrix_rank(np.stack([x, y, np.ones(len(x))])) == 3:  # three points that are not on one line
         # triangulated over (log N, log beta), where the cells form a rectangle, and sheared to the paper's axes
-        triangles = Triangulation(x, x + y).triangles
-        levels = np.linspace(0.12, 0.98, 44)
+        triangles, levels = Triangulation(x, x + y).triangles, np.linspace(0.12, 0.98, 44)
         ax.tricontourf(Triangulation(x, y, triangles), value, levels, cmap="coolwarm", extend="both")
     ax.plot(x, y, "k.", ms=2)
     sizes = np.array(sorted({n for n, _ in cells}))

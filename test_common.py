@@ -638,6 +638,7 @@ def test_a_cell_with_a_list_yields_a_row_for_each_element(tmp_path):
     toy.path.write_text("".join(lines[:2] + lines[3:]))  # a rung is lost: the walk is run again
     result = toy.run("--jobs", "1")
     assert "2 cells, 1 done" in result.stdout and len(toy.rows()) == 6
+    assert "rows 4" in result.stdout  # of rows that stand twice, one counts
 
 
 def test_a_diverged_cell_is_recorded_and_the_rest_goes_on(tmp_path):
