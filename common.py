@@ -952,8 +952,21 @@ def save_figure(fig, args):
     print(f"plot: {path.with_suffix('.png')} and .pdf", flush=True)
 
 
+def claim(sentence, paper, values, test, form="{:.3g}", complete=True):
+    """A row of the claims table: (sentence, the paper's value, ours, "yes", "NO" or "not measured").
+
+    values: {what: numbers, one a seed}, shown by form as mean ± spread; test(all of them) decides. A number that is
+    not finite fails the claim; without values, or with complete=False (cells are missing), it is not decided.
+    """
+    numbers = np.array([x for v in values.values() for x in v])
+    ours = [f"{what} {form.format(np.mean(v))}" + (f" ± {form.format(np.std(v, ddof=1))}" if len(v) > 1 else "")
+            for what, v in values.items() if len(v)]
+    if complete and len(ours) == len(values) > 0:
+        return sentence, paper, "; ".join(ours), "yes" if np.isfinite(numbers).all() and test(numbers) else "NO"
+    return sentence, paper, "; ".join(ours), "not measured"
+
+
 def print_claims(claims):
-    """Print the claims table. claims: (sentence, the paper's value, ours, holds: True, False or None, unknown)."""
-    print("\nclaim | paper | ours | holds?\n--- | --- | --- | ---")
-    for sentence, paper, ours, holds in claims:
-        print(f"{sentence} | {paper} | {ours} | {'not measured' if holds is None else 'yes' if holds else 'NO'}")
+    """Print the rows that claim returns as a table."""
+    for row in [("claim", "paper", "ours", "holds?"), ("---",) * 4, *claims]:
+        print("|", " | ".join(row), "|")

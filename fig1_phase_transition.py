@@ -26,26 +26,31 @@ import torch.nn as nn
 from matplotlib.tri import Triangulation
 from torch.optim.swa_utils import update_bn
 
-from common import (StochasticConv2d, StochasticLinear, corrupt_labels, ib_loss, label_information, load_cifar10,
+from common import (StochasticConv2d, StochasticLinear, claim, corrupt_labels, ib_loss, label_information, load_cifar10,
                     new_figure, parse_args, plot_points, print_claims, run_grid, sample_weights, save_figure, summarise,
                     synthetic_objects, weight_information)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings. `hysteresis` lists the N for which the two ends of the range are measured, `ladder` the beta they step over.
+# Settings. `hysteresis` lists the N whose two ends are measured, `ladder` the beta they step over with `rung` steps at
+# each; the way down from chance goes on through those `below`.
 # ----------------------------------------------------------------------------------------------------------------------
 SETTINGS = {
     "demo": dict(width=1 / 8, sizes=(100, 300), betas=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), steps=300, batch=100,
-                 hysteresis=(100,), ladder=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2), rung=80, test=1000),
+                 hysteresis=(100,), ladder=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2), below=(0.003, 0.001),
+                 rung=80, test=1000),
     "cpu": dict(width=1 / 4, sizes=(100, 300, 1000, 3000), betas=(0.03, 0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.2, 3.0),
                 steps=1500, batch=100, hysteresis=(300, 1000),
-                ladder=(0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.3), rung=300, test=5000),
+                ladder=(0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.3),
+                below=(0.01, 0.003, 0.001), rung=300, test=5000),
     "paper": dict(width=1, sizes=(100, 300, 1000, 3000, 10_000, 30_000, 50_000),
                   betas=(0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.2, 3.0, 10.0), steps=6000, batch=500,
                   hysteresis=(1000, 10_000),
-                  ladder=(0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.3), rung=2000, test=10_000),
+                  ladder=(0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.3),
+                  below=(0.01, 0.003, 0.001), rung=2000, test=10_000),
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
 DATASETS = {"demo": ["synthetic"], "cpu": ["cifar10", "synthetic"], "paper": ["cifar10", "synthetic"]}
+STARTS = ("memorised", "chance")  # the two ends that a ladder of beta is climbed from
 LR, LR_NOISE = 3e-3, 0.04  # Adam's learning rates of the means and of log sigma^2
 
 
@@ -208,7 +213,7 @@ def crossing(points, level):
 
 def transition(rows):
     """Beta at which the annealed runs' train accuracy falls through 55%."""
-    return crossing(summarise(rows, "beta", "train_acc", start="anneal"), 0.55)
+    return crossing(summarise(rows, "beta", "train_acc", labels="random", start="anneal"), 0.55)
 
 
 def hysteresis(rows):
@@ -217,11 +222,10 @@ def hysteresis(rows):
     Born and dead mean an accuracy of 55% on the way down and on the way up. The objectives are compared where the net
     that began with memory remembers and the one that began at chance does not.
     """
-    up, down = (summarise(rows, "beta", "train_acc", start=start) for start in ("memorised", "chance"))
+    up, down = (summarise(rows, "beta", "train_acc", start=start) for start in STARTS)
     knows, ignores = ({beta for beta, accuracy, *_ in some if (accuracy > 0.55) == has}
                       for some, has in ((up, True), (down, False)))
-    memory, chance = (dict(p[:2] for p in summarise(rows, "beta", "objective", start=start))
-                      for start in ("memorised", "chance"))
+    memory, chance = (dict(p[:2] for p in summarise(rows, "beta", "objective", start=start)) for start in STARTS)
     gap = [(beta, chance[beta] - memory[beta]) for beta in sorted(knows & ignores)]
     return crossing(down, 0.55), crossing(gap, 0.0), crossing(up, 0.55)
 
@@ -232,72 +236,81 @@ def per_seed(function, rows):
     return np.array([function([r for r in rows if r["seed"] == seed]) for seed in seeds])
 
 
+def complete_seeds(rows, cells):
+    """The rows of the seeds that have all of these (start, n, beta); a seed cut short is left out of the claims."""
+    have = {}
+    for r in rows:
+        have.setdefault(r["seed"], set()).add((r["start"], r["n"], r["beta"]))
+    return [r for r in rows if have[r["seed"]] >= cells]
+
+
 def claims(rows, args):
-    """The claims of the figure: [(sentence, the paper's value, ours, holds)]; holds is None where cells are missing."""
+    """The claims table of the figure; a claim of which cells are missing is not decided."""
     s = SETTINGS[args.scale]
+    low, wall = information_beta(s), [beta for beta in s["betas"] if beta >= 1.2]
     good = [r for r in rows if r["status"] == "ok"]
-    random, real = ([r for r in good if r["labels"] == labels and r["start"] == "anneal"] for labels in ("random", "real"))
-    ladder = [r for r in good if r["start"] != "anneal"]
-    wanted = {(n, beta) for n in s["sizes"] for beta in s["betas"]}
-    all_random, all_real = ({(r["n"], r["beta"]) for r in some} >= wanted for some in (random, real))
+    grid = {("anneal", n, beta) for n in s["sizes"] for beta in s["betas"]}
+    random, real = (complete_seeds([r for r in good if (r["labels"], r["start"]) == (labels, "anneal")], grid)
+                    for labels in ("random", "real"))
     table = []
 
-    def claim(complete, sentence, paper, values, show, test):
-        """values: {what: numbers, one a seed}, shown as mean and spread. test sees all of them; a nan fails it."""
-        ours = [f"{what}: {show.format(np.mean(v))}" + (f" ± {show.format(np.std(v, ddof=1))}" if len(v) > 1 else "")
-                for what, v in values.items() if len(v)]
-        flat = np.array([x for v in values.values() for x in v])
-        holds = bool(np.isfinite(flat).all() and test(flat)) if complete and len(ours) == len(values) else None
-        table.append((sentence, paper, "; ".join(ours), holds))
+    def by_size(measure, some):
+        return {f"N={n:,}": [measure(r) for r in some if r["n"] == n] for n in s["sizes"]}
 
-    def by_size(key, some, where=lambda r: True):
-        return {f"N={n:,}": [key(r) for r in some if r["n"] == n and where(r)] for n in s["sizes"]}
-
-    lowest, wall = min(s["betas"]), [beta for beta in s["betas"] if beta >= 1.2]
-    claim(all_random, f"random labels: over 85% memorised at β = {lowest:g}, for every N", "98%",
-          by_size(lambda r: r["train_acc"], random, lambda r: r["beta"] == lowest), "{:.1%}", lambda v: v.min() > 0.85)
-    claim(all_random, "random labels: train accuracy falls through 55% at β between 0.3 and 1.05, for every N",
-          "; ".join(f"N={n:,}: {PAPER_CROSSING[n]:g}" for n in s["sizes"] if n in PAPER_CROSSING),
-          {f"N={n:,}": per_seed(transition, [r for r in random if r["n"] == n]) for n in s["sizes"]}, "{:.2f}",
-          lambda v: v.min() >= 0.3 and v.max() <= 1.05)
-    claim(all_random, f"random labels: chance (under 20%) for every N at β = {', '.join(map('{:g}'.format, wall))}",
-          "20% at β = 1.1 to 1.9", by_size(lambda r: r["train_acc"], random, lambda r: r["beta"] in wall), "{:.1%}",
-          lambda v: v.max() < 0.2)
+    accuracy = by_size(lambda r: r["train_acc"], [r for r in random if r["beta"] == min(s["betas"])])
+    table.append(claim(f"random labels: over 85% memorised at β = {min(s['betas']):g}, for every N", "98%", accuracy,
+                       lambda v: v.min() > 0.85, "{:.1%}"))
+    cross = {f"N={n:,}": per_seed(transition, [r for r in random if r["n"] == n]) for n in s["sizes"]}
+    paper = "; ".join(f"N={n:,} {PAPER_CROSSING[n]:g}" for n in s["sizes"] if n in PAPER_CROSSING)
+    table.append(claim("random labels: train accuracy falls through 55% at β between 0.3 and 1.05, for every N", paper,
+                       cross, lambda v: v.min() >= 0.3 and v.max() <= 1.05, "{:.2f}"))
+    accuracy = by_size(lambda r: r["train_acc"], [r for r in random if r["beta"] in wall])
+    table.append(claim(f"random labels: chance (under 20%) at β = {', '.join(f'{b:g}' for b in wall)}, for every N",
+                       "20% at β = 1.1 to 1.9", accuracy, lambda v: v.max() < 0.2, "{:.1%}"))
     for n in s["hysteresis"]:
-        some = [r for r in ladder if r["n"] == n]
-        ends = per_seed(hysteresis, some).reshape(-1, 3).T
-        claim({(r["start"], r["beta"]) for r in some} >= {(w, b) for w in ("memorised", "chance") for b in s["ladder"]},
-              f"N = {n:,}: memory and chance coexist over {s['rung']} steps a rung; memory is born, has an equal objective, "
-              "and dies at β below 1.05, in this order", "not shown", dict(zip(("born", "equal", "dies"), ends)), "{:.2f}",
-              lambda v: (np.diff(ends, axis=0) > 0).all() and v.max() < 1.05)
-    beta = information_beta(s)
-    memorised = [r for r in random if r["beta"] == beta and r["train_acc"] > 0.85]
-    n, information = (np.array([r[key] for r in memorised], float) for key in ("n", "information"))
-    slope = n @ information / max(n @ n, 1)
-    r2 = 1 - ((information - slope * n) ** 2).sum() / max(((information - information.mean()) ** 2).sum(), 1e-9)
-    exponent = np.polyfit(np.log(n), np.log(information), 1)[0] if len(set(n)) > 1 else math.nan
-    claim(all_random, f"random labels: memorising takes information linear in N (β = {beta:g}, {len(n)} memorised runs; "
-          "I = slope·N with R² over 0.95, and I ~ N^exponent with 0.85 to 1.15)", "linear",
-          {"slope, nats a sample": [slope], "R²": [r2], "exponent": [exponent]}, "{:.3g}",
-          lambda v: v[1] > 0.95 and 0.85 < v[2] < 1.15)
-    per_sample = by_size(lambda r: r["information"] / r["n"], real, lambda r: r["beta"] == beta)
-    claim(all_real, f"real labels: the information per sample falls as N grows (β = {beta:g})", "saturates", per_sample,
-          "{:.2f}", lambda v: (np.diff([np.mean(p) for p in per_sample.values()]) < 0).all())
-    claim(all_random, "random labels: label nats memorised per weight nat never exceed 1 (runs with over 0.05 weight nats a "
-          "sample; biases and batch normalisation are not charged)", "at most 1 (theory)",
-          {k: [max(v, default=math.nan)] for k, v in by_size(lambda r: r["label_information"] / r["information"] * r["n"],
-           random + ladder, lambda r: r["information"] > 0.05 * r["n"]).items()}, "at most {:.2f}", lambda v: v.max() <= 1)
-    tests = [np.mean([r["test_acc"] for r in random if (r["n"], r["beta"]) == cell]) for cell in wanted] if all_random else []
-    claim(all_random, "random labels: test accuracy is 10% throughout (10% ± 3% in every cell's mean over seeds)", "10%",
-          {"least": [min(tests, default=math.nan)], "most": [max(tests, default=math.nan)]}, "{:.1%}",
-          lambda v: abs(v - 0.1).max() < 0.03)
-    tests = by_size(lambda r: r["test_acc"], real, lambda r: r["beta"] == beta)
-    claim(all_real, f"real labels: test accuracy grows with N (β = {beta:g})", "grows", tests, "{:.1%}",
-          lambda v: (np.diff([np.mean(t) for t in tests.values()]) > 0).all())
-    best = {n: max(summarise(real, "beta", "test_acc", n=n), key=lambda p: p[1], default=(math.nan,)) for n in s["sizes"]}
-    table.append(("for the record, chosen on the test set: β of the best test accuracy, real labels", "-",
-                  "; ".join(f"N={n:,}: {p[0]:g}" for n, p in best.items()), None))
+        ladders = complete_seeds([r for r in good if r["n"] == n and r["start"] in STARTS],
+                                 {("memorised", n, beta) for beta in s["ladder"]}
+                                 | {("chance", n, beta) for beta in s["ladder"] + s["below"]})
+        ends = per_seed(hysteresis, ladders).reshape(-1, 3).T
+        table.append(claim(f"N = {n:,}, {s['rung']} steps a rung: memory is born at one β, ties with chance at a "
+                           "higher one and dies at a still higher one, below 1.05", "not shown",
+                           dict(zip(("born", "ties", "dies"), ends)),
+                           lambda v: (np.diff(ends, axis=0) > 0).all() and v.max() < 1.05, "{:.2g}"))
+    n, information, r2, exponent = fit_information([r for r in random if r["beta"] == low and r["train_acc"] > 0.85])
+    real_exponent = fit_information([r for r in real if r["beta"] == low])[3]
+    table.append(claim(f"random labels: information grows linearly with N (β = {low:g}, {len(n)} memorised runs: R² "
+                       "of I = slope·N over 0.95; exponent of I ~ N^exponent 0.85 to 1.15)", "linear",
+                       {"slope, nats a sample": [n @ information / (n @ n)], "R²": [r2], "exponent": [exponent]},
+                       lambda v: r2 > 0.95 and 0.85 < exponent < 1.15, "{:.3g}", bool(random)))
+    table.append(claim("real labels: information grows with a smaller exponent than that of random labels", "saturates",
+                       {"exponent": [real_exponent]}, lambda v: v[0] < exponent, "{:.2f}", bool(random and real)))
+    charged = [r for r in good if r["labels"] == "random" and r["information"] > 0.05 * r["n"]]  # ladders too
+    ratio = by_size(lambda r: r["label_information"] / r["information"] * r["n"], charged)
+    table.append(claim("random labels: label nats memorised per weight nat never exceed 1 (where weights hold over "
+                       "0.05 nats a sample; biases and batch normalisation are not charged)", "at most 1 (theory)",
+                       {name: [max(v, default=math.nan)] for name, v in ratio.items()}, lambda v: v.max() <= 1,
+                       "at most {:.2f}", bool(random)))
+    tests = [p[1] for n in s["sizes"] for p in summarise(random, "beta", "test_acc", n=n)] or [math.nan]
+    table.append(claim("random labels: test accuracy is 10% throughout (± 3%, each cell's mean over seeds)", "10%",
+                       {"least": [min(tests)], "most": [max(tests)]}, lambda v: abs(v - 0.1).max() < 0.03, "{:.1%}",
+                       bool(random)))
+    tests = by_size(lambda r: r["test_acc"], [r for r in real if r["beta"] == low])
+    table.append(claim(f"real labels: test accuracy grows with N (β = {low:g})", "grows", tests,
+                       lambda v: (np.diff([np.mean(t) for t in tests.values()]) > 0).all(), "{:.1%}", bool(real)))
     return table
+
+
+def fit_information(rows):
+    """(N, information, R² of information = slope * N, exponent of information ~ N^exponent) of these runs."""
+    n, information = np.array([(r["n"], r["information"]) for r in rows] or [(1, math.nan)], float).T
+    residual = information - (n @ information) / (n @ n) * n
+    r2 = 1 - (residual**2).sum() / max(((information - information.mean()) ** 2).sum(), 1e-9)
+    return n, information, r2, np.polyfit(np.log(n), np.log(information), 1)[0] if len(set(n)) > 1 else math.nan
+
+
+def best_beta(rows, n):
+    """Beta of the best test accuracy on real labels: for the record only, it is chosen on the test set."""
+    return max(summarise(rows, "beta", "test_acc", labels="real", n=n), key=lambda p: p[1], default=[math.nan])[0]
 
 
 def information_beta(settings):
@@ -350,7 +363,7 @@ def plot(rows, args):
         plot_points(ax, summarise(good, "n", "per_sample", labels=labels, start="anneal", beta=beta), color=colour,
                     label=f"{labels} labels")
     ax.axhline(LOG10, color="0.6", ls="--", label="log 10: a random label")
-    ax.set(xscale="log", xlabel="N", ylabel="I(w;D)/N, nats per sample", title=f"information in the weights, β = {beta:g}")
+    ax.set(xscale="log", xlabel="N", ylabel="I(w;D)/N, nats per sample", title=f"information, β = {beta:g}")
     ax.set_ylim(bottom=0)
 
     ax = axes[1, 3]
@@ -403,11 +416,13 @@ def main():
         return compare_caps(args, s)
     random, real = ([{"labels": labels, "n": n, "beta": beta, "start": "anneal"}
                      for n in s["sizes"][::-1] for beta in s["betas"]] for labels in ("random", "real"))
-    ladders = [{"labels": "random", "n": n, "beta": list(s["ladder"][::way]), "start": start}
-               for n in s["hysteresis"] for start, way in (("memorised", 1), ("chance", -1))]
+    ladders = [{"labels": "random", "n": n, "beta": list(betas), "start": start} for n in s["hysteresis"]
+               for start, betas in zip(STARTS, (s["ladder"], s["ladder"][::-1] + s["below"]))]
     rows = run_grid(random + ladders + real, train_cell, args, load_data)
     plot(rows, args)
     print_claims(claims(rows, args))
+    print("\nfor the record, chosen on the test set: β of the best test accuracy on real labels:",
+          "; ".join(f"N={n:,} {best_beta(rows, n):g}" for n in s["sizes"]))
 
 
 def compare_caps(args, s):
