@@ -172,7 +172,8 @@ class _StochasticWeight:
                     variance = _CappedExp.apply(_at_least_float32(self.log_sigma2), 1.0)
                 else:
                     variance = _at_least_float32(self.weight) ** 2 * torch.expm1(self._capped_alpha())
-                variance = linear(_at_least_float32(x) ** 2, variance, None)
+                wide = _at_least_float32(x)
+                variance = linear(wide * wide, variance, None)
             return _GaussianNoise.apply(linear(x, self.weight, self.bias), variance)
         noise = torch.randn(self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
         if self.noise == "gaussian":

@@ -856,3 +856,10 @@ def test_readme_snippets_run(tmp_path):
     for snippet in snippets:
         result = subprocess.run([sys.executable, "-c", snippet], cwd=HERE, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, result.stderr
+
+
+def test_readme_links_to_lines_that_hold_what_they_say():
+    links = re.findall(r"\[`([^`]+)`\]\(([\w.]+)#L(\d+)\)", (HERE / "README.md").read_text())
+    assert len(links) >= 5
+    for text, path, number in links:
+        assert text in (HERE / path).read_text().splitlines()[int(number) - 1], f"{path}#L{number} is not {text}"
