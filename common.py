@@ -58,6 +58,10 @@ def _at_least_float32(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def _log_square(weight):
+    return torch.log(_at_least_float32(weight) ** 2 + EPS)
+
+
 class _CappedExp(torch.autograd.Function):
     """exp(scale * x), capped in value but not in gradient, so that a parameter beyond the cap can come back."""
 
@@ -141,10 +145,10 @@ class _StochasticWeight:
     @log_alpha.setter
     def log_alpha(self, value):
         with torch.no_grad():
-            self.log_sigma2.copy_(value + torch.log(_at_least_float32(self.weight) ** 2 + EPS))
+            self.log_sigma2.copy_(value + _log_square(self.weight))
 
     def _free_log_alpha(self):
-        return _at_least_float32(self.log_sigma2) - torch.log(_at_least_float32(self.weight) ** 2 + EPS)
+        return _at_least_float32(self.log_sigma2) - _log_square(self.weight)
 
     def _capped_alpha(self):
         """alpha of log-normal noise, capped in value but not in gradient, so that a weight at the cap can come back."""
@@ -187,8 +191,8 @@ class _StochasticWeight:
         """A checkpoint of the plain layer has no noise: keep this layer's alpha, relative to the weights it brings."""
         weight = state_dict.get(prefix + "weight")
         if weight is not None and weight.shape == self.weight.shape and prefix + "log_sigma2" not in state_dict:
-            log_alpha, weight = self._free_log_alpha().detach(), _at_least_float32(weight.to(self.weight))
-            state_dict[prefix + "log_sigma2"] = (log_alpha + torch.log(weight**2 + EPS)).to(self.log_sigma2.dtype)
+            log_sigma2 = self._free_log_alpha().detach() + _log_square(weight.to(self.weight))
+            state_dict[prefix + "log_sigma2"] = log_sigma2.to(self.log_sigma2.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self):
@@ -763,8 +767,15 @@ def _run_missing_cells(cells, train_cell, args, prepare):
     names = sorted({name for cell in cells for name in cell})
     if args.shard:
         cells = cells[args.shard[0] - 1::args.shard[1]]
-    rows = {_key(row, names): row for row in read_rows(args)}
-    todo = [cell for cell in cells if not all(_key(row, names) in rows for row in _rows_of(cell))]
+
+    def key(row):
+        return json.dumps([row.get(name) for name in names])
+
+    def rows_by_key():  # of rows that stand twice, one counts
+        return {key(row): row for row in read_rows(args)}
+
+    rows = rows_by_key()
+    todo = [cell for cell in cells if not all(key(row) in rows for row in _rows_of(cell))]
     devices = ", ".join(map(_device_name, args.devices))
     print(f"{args.figure}: device {devices}, scale {args.scale}, data {args.dataset}, {len(cells)} cells, "
           f"{len(cells) - len(todo)} done", flush=True)
@@ -788,7 +799,7 @@ def _run_missing_cells(cells, train_cell, args, prepare):
                 raise OSError(f"{path}: only part of a row could be written, is the disk full?")
             os.fsync(file.fileno())
             _print_row(cell, new[-1], count, len(todo), time.monotonic() - started)
-    return list({_key(row, names): row for row in read_rows(args)}.values())
+    return list(rows_by_key().values())
 
 
 def read_rows(args):
@@ -810,10 +821,6 @@ def _rows_of(cell):
     """The rows that a cell stands for: one for each element of the values that are lists."""
     names = [name for name, value in cell.items() if isinstance(value, list)]
     return [cell | dict(zip(names, values)) for values in zip(*(cell[name] for name in names))] if names else [cell]
-
-
-def _key(row, names):
-    return json.dumps([row.get(name) for name in names])
 
 
 def _open_for_rows(path):

@@ -174,14 +174,13 @@ def measure(model, beta, x, y, x_test, y_test):
     update_bn(x.split(100) * passes, model)
     model.eval()
     with sample_weights(model):
-        logits = torch.cat([torch.cat([model(batch) for batch in x.split(100)]) for _ in range(passes)])
-        test_sampled = accuracy(torch.cat([model(batch) for batch in x_test.split(100)]), y_test)
+        logits = torch.cat([predict(model, x) for _ in range(passes)])
+        test_sampled = accuracy(predict(model, x_test), y_test)
     y_all = y.repeat(passes)
     with sample_weights(model, draw=False):
         update_bn(x.split(100), model)
         model.eval()
-        train_mean = accuracy(torch.cat([model(batch) for batch in x.split(100)]), y)
-        test_mean = accuracy(torch.cat([model(batch) for batch in x_test.split(500)]), y_test)
+        train_mean, test_mean = accuracy(predict(model, x), y), accuracy(predict(model, x_test), y_test)
     for module, mean, var in running:
         module.running_mean.copy_(mean), module.running_var.copy_(var)
     cross_entropy = nn.functional.cross_entropy(logits, y_all).item()
@@ -190,6 +189,10 @@ def measure(model, beta, x, y, x_test, y_test):
             "train_acc_mean": train_mean, "test_acc": test_mean, "test_acc_sampled": test_sampled,
             "cross_entropy": cross_entropy, "information": information,
             "label_information": label_information(logits, y_all).item()}
+
+
+def predict(model, x):
+    return torch.cat([model(batch) for batch in x.split(100)])
 
 
 def accuracy(logits, labels):
