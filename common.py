@@ -35,6 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch.autograd.function import once_differentiable
+from torch.optim.swa_utils import update_bn
 
 try:
     import fcntl
@@ -272,6 +273,26 @@ def sample_weights(model, draw=True):
             m.sampling = state
 
 
+@contextlib.contextmanager
+def calibrated(model, batches, draw):
+    """A context with the model in eval() and batch normalisation re-estimated for the weights that are to be measured.
+
+    draw: True for sampled weights, drawn anew for every batch, False for mean weights. The running statistics of a
+    noisy net are wrong for its means, and lag behind. batches: inputs to estimate on. On leaving, the statistics are
+    what they were before. Yields the model.
+    """
+    running = [(m, m.running_mean.clone(), m.running_var.clone()) for m in model.modules()
+               if getattr(m, "running_mean", None) is not None]
+    try:
+        with sample_weights(model, draw):
+            update_bn(batches, model)
+            model.eval()
+            yield model
+    finally:
+        for m, mean, var in running:
+            m.running_mean.copy_(mean), m.running_var.copy_(var)
+
+
 # ======================================================================================================================
 # 2. Weight-IB loss
 # ======================================================================================================================
@@ -464,6 +485,23 @@ def _how_to_get(path, keys, error):
         hand = f"run this once where there is a network, or put a {path.name} there with arrays {', '.join(keys)}"
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return f"no {path}, and the download failed ({reason}): {hand}; --scale demo needs no data"
+
+
+def channel_statistics(images):
+    """Mean and standard deviation of each channel of uint8 images (n, c, h, w), 0 to 255: two (1, c, 1, 1) tensors."""
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
+    levels, counts = torch.arange(256).double(), counts / counts.sum(1, keepdim=True)
+    mean = counts @ levels
+    std = (counts @ levels**2 - mean**2).sqrt()
+    return mean.view(1, -1, 1, 1).float(), std.view(1, -1, 1, 1).float()
+
+
+def draw_subset(x, y, n, generator):
+    """n of the pairs (x, y), a seeded draw without repetition. DataError where there are fewer."""
+    if n > len(x):
+        raise DataError(f"{n} images are wanted, the data set has {len(x)}")
+    pick = torch.randperm(len(x), generator=generator)[:n]
+    return x[pick], y[pick]
 
 
 def corrupt_labels(labels, fraction, num_classes, generator):
@@ -918,6 +956,23 @@ def _print_row(cell, row, count, total, elapsed):
           f"{elapsed / 60 / count * (total - count):.1f} to go", flush=True)
 
 
+def minibatches(n, batch, device):
+    """Indices of shuffled epochs without end; the tail of an epoch too short for a batch is dropped."""
+    batch = min(n, batch)
+    while True:
+        yield from torch.randperm(n, device=device)[:n - n % batch].split(batch)
+
+
+@torch.no_grad()
+def predict(model, x, batch=100):
+    """model(x) in batches."""
+    return torch.cat([model(part) for part in x.split(batch)])
+
+
+def accuracy(logits, labels):
+    return (logits.argmax(1) == labels).float().mean().item()
+
+
 def summarise(rows, x, y, **where):
     """[(x, mean, spread, count), ...] of key y over the finished rows that fit, by ascending x; spread: sample std."""
     groups = {}
@@ -926,6 +981,31 @@ def summarise(rows, x, y, **where):
             groups.setdefault(row[x], []).append(row[y])
     return [(key, float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v))
             for key, v in sorted(groups.items())]
+
+
+def crossing(points, level):
+    """First x at which a curve [(x, y, ...), ...] falls through the level, linear in log x; nan if it does not."""
+    for (x0, y0, *_), (x1, y1, *_) in zip(points, points[1:]):
+        if y0 >= level > y1:
+            return x0 * (x1 / x0) ** ((y0 - level) / (y0 - y1))
+    return math.nan
+
+
+def per_seed(function, rows):
+    """function of the rows of each seed, stacked in an array."""
+    seeds = sorted({row["seed"] for row in rows})
+    return np.array([function([row for row in rows if row["seed"] == seed]) for seed in seeds])
+
+
+def complete_seeds(rows, cells):
+    """The finished rows of the seeds in which none of these cells (dicts) is missing; others are left out of claims."""
+    names = sorted({name for cell in cells for name in cell})
+    wanted, have = {tuple(cell.get(name) for name in names) for cell in cells}, {}
+    rows = [row for row in rows if row["status"] == "ok"]
+    keys = [tuple(row.get(name) for name in names) for row in rows]
+    for row, key in zip(rows, keys):
+        have.setdefault(row["seed"], set()).add(key)
+    return [row for row, key in zip(rows, keys) if key in wanted and have[row["seed"]] >= wanted]
 
 
 def new_figure(rows, columns, title):

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 from matplotlib.tri import Triangulation
-from torch.optim.swa_utils import update_bn
 
-from common import (StochasticConv2d, StochasticLinear, claim, corrupt_labels, ib_loss, label_information, load_cifar10,
-                    new_figure, parse_args, plot_points, print_claims, run_grid, sample_weights, save_figure, summarise,
-                    synthetic_objects, weight_information)
+from common import (StochasticConv2d, StochasticLinear, accuracy, calibrated, channel_statistics, claim, complete_seeds,
+                    corrupt_labels, crossing, draw_subset, ib_loss, label_information, load_cifar10, minibatches,
+                    new_figure, parse_args, per_seed, plot_points, predict, print_claims, run_grid, save_figure,
+                    summarise, synthetic_objects, weight_information)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings. `hysteresis` lists the N whose two ends are measured, `ladder` the beta they step over with `rung` steps at
@@ -69,10 +69,7 @@ def load_once(dataset, data_dir, n_train, n_test):
         data = *synthetic_objects(n_train, seed=0), *synthetic_objects(n_test, seed=1)
     else:
         data = load_cifar10(data_dir)
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in data[0].unbind(1)]).double()
-    levels, counts = torch.arange(256.0).double(), counts / counts.sum(1, keepdim=True)
-    mean = counts @ levels
-    return *data, mean, (counts @ levels**2 - mean**2).sqrt()
+    return *data, *channel_statistics(data[0])
 
 
 def make_cell_data(cell, test, device, args):
@@ -82,13 +79,10 @@ def make_cell_data(cell, test, device, args):
     """
     generator = torch.Generator().manual_seed(cell["seed"])
     x, y, x_test, y_test, mean, std = load_data(args)
-    pick = torch.randperm(len(x), generator=generator)[:cell["n"]]
-    x, y = x[pick], y[pick]
+    x, y = draw_subset(x, y, cell["n"], generator)
     if cell["labels"] == "random":
         y = corrupt_labels(y, 1.0, 10, generator)
-    pick = torch.randperm(len(x_test), generator=generator)[:test]
-    x_test, y_test = x_test[pick], y_test[pick]
-    mean, std = (v.view(1, 3, 1, 1).float() for v in (mean, std))
+    x_test, y_test = draw_subset(x_test, y_test, test, generator)
     x, x_test = (((v[:, :, 2:30, 2:30].float() - mean) / std).contiguous(memory_format=torch.channels_last)
                  for v in (x, x_test))
     return [t.to(device) for t in (x, y, x_test, y_test)]
@@ -121,7 +115,7 @@ def train_cell(cell, device, args, progress):
     variances = [p for name, p in model.named_parameters() if name.endswith("log_sigma2")]
     others = [p for name, p in model.named_parameters() if not name.endswith("log_sigma2")]
     optimizer = torch.optim.Adam([{"params": others, "lr": LR}, {"params": variances, "lr": LR_NOISE}], fused=True)
-    batches = endless_batches(n, s["batch"], device)
+    batches = minibatches(n, s["batch"], device)
 
     def train_step(beta, lr_scale):
         for group, lr in zip(optimizer.param_groups, (LR, LR_NOISE)):
@@ -156,47 +150,20 @@ def train_cell(cell, device, args, progress):
     return results
 
 
-def endless_batches(n, batch, device):
-    """Indices of shuffled epochs without end; the tail of an epoch too short for a batch is dropped."""
-    batch = min(n, batch)
-    while True:
-        yield from torch.randperm(n, device=device)[:n - n % batch].split(batch)
-
-
-@torch.no_grad()
 def measure(model, beta, x, y, x_test, y_test):
-    """What a row holds. Batch normalisation is re-estimated for the weights that are measured: sampled, then mean.
-
-    Sampled weights are drawn anew for every batch of 100, over at least 2,000 images in all.
-    """
-    running = [(m, m.running_mean.clone(), m.running_var.clone()) for m in model if hasattr(m, "running_mean")]
+    """What a row holds: sampled weights are drawn anew for every batch of 100, over at least 2,000 images in all."""
     passes = max(1, 2000 // len(x))
-    update_bn(x.split(100) * passes, model)
-    model.eval()
-    with sample_weights(model):
-        logits = torch.cat([predict(model, x) for _ in range(passes)])
+    with calibrated(model, x.split(100) * passes, draw=True):
+        logits, labels = torch.cat([predict(model, x) for _ in range(passes)]), y.repeat(passes)
         test_sampled = accuracy(predict(model, x_test), y_test)
-    y_all = y.repeat(passes)
-    with sample_weights(model, draw=False):
-        update_bn(x.split(100), model)
-        model.eval()
+    with calibrated(model, x.split(100), draw=False):
         train_mean, test_mean = accuracy(predict(model, x), y), accuracy(predict(model, x_test), y_test)
-    for module, mean, var in running:
-        module.running_mean.copy_(mean), module.running_var.copy_(var)
-    cross_entropy = nn.functional.cross_entropy(logits, y_all).item()
+    cross_entropy = nn.functional.cross_entropy(logits, labels).item()
     information = weight_information(model).item()
-    return {"objective": cross_entropy + beta * information / len(x), "train_acc": accuracy(logits, y_all),
+    return {"objective": cross_entropy + beta * information / len(x), "train_acc": accuracy(logits, labels),
             "train_acc_mean": train_mean, "test_acc": test_mean, "test_acc_sampled": test_sampled,
             "cross_entropy": cross_entropy, "information": information,
-            "label_information": label_information(logits, y_all).item()}
-
-
-def predict(model, x):
-    return torch.cat([model(batch) for batch in x.split(100)])
-
-
-def accuracy(logits, labels):
-    return (logits.argmax(1) == labels).float().mean().item()
+            "label_information": label_information(logits, labels).item()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -205,14 +172,6 @@ def accuracy(logits, labels):
 # The paper's Fig. 1, digitised: beta at which train accuracy on random labels falls through 55%, for each N
 PAPER_CROSSING = {100: 1.3, 300: 0.49, 1000: 0.63, 3000: 0.74, 10_000: 0.60, 30_000: 0.33, 48_000: 0.29}
 LOG10 = math.log(10)  # nats in a random label, and the loss of a net that knows nothing
-
-
-def crossing(points, level):
-    """First beta at which a curve falls through the level, linear in log beta; nan if it does not."""
-    for (b0, v0, *_), (b1, v1, *_) in zip(points, points[1:]):
-        if v0 >= level > v1:
-            return b0 * (b1 / b0) ** ((v0 - level) / (v0 - v1))
-    return math.nan
 
 
 def transition(rows):
@@ -234,28 +193,13 @@ def hysteresis(rows):
     return crossing(down, 0.55), crossing(gap, 0.0), crossing(up, 0.55)
 
 
-def per_seed(function, rows):
-    """function of the rows of each seed, stacked in an array."""
-    seeds = sorted({r["seed"] for r in rows})
-    return np.array([function([r for r in rows if r["seed"] == seed]) for seed in seeds])
-
-
-def complete_seeds(rows, cells):
-    """The rows of the seeds that have all of these (start, n, beta); a seed cut short is left out of the claims."""
-    have = {}
-    for r in rows:
-        have.setdefault(r["seed"], set()).add((r["start"], r["n"], r["beta"]))
-    return [r for r in rows if have[r["seed"]] >= cells]
-
-
 def claims(rows, args):
     """The claims table of the figure; a claim of which cells are missing is not decided."""
     s = SETTINGS[args.scale]
     low, wall = information_beta(s), [beta for beta in s["betas"] if beta >= 1.2]
     good = [r for r in rows if r["status"] == "ok"]
-    grid = {("anneal", n, beta) for n in s["sizes"] for beta in s["betas"]}
-    random, real = (complete_seeds([r for r in good if (r["labels"], r["start"]) == (labels, "anneal")], grid)
-                    for labels in ("random", "real"))
+    random, real = (complete_seeds(rows, [{"labels": labels, "start": "anneal", "n": n, "beta": beta}
+                                          for n in s["sizes"] for beta in s["betas"]]) for labels in ("random", "real"))
     table = []
 
     def by_size(measure, some):
@@ -272,9 +216,8 @@ def claims(rows, args):
     table.append(claim(f"random labels: chance (under 20%) at β = {', '.join(f'{b:g}' for b in wall)}, for every N",
                        "20% at β = 1.1 to 1.9", accuracy, lambda v: v.max() < 0.2, "{:.1%}"))
     for n in s["hysteresis"]:
-        ladders = complete_seeds([r for r in good if r["n"] == n and r["start"] in STARTS],
-                                 {("memorised", n, beta) for beta in s["ladder"]}
-                                 | {("chance", n, beta) for beta in s["ladder"] + s["below"]})
+        ladders = complete_seeds(rows, [{"start": start, "n": n, "beta": beta} for start in STARTS
+                                        for beta in s["ladder"] + s["below"] * (start == "chance")])
         ends = per_seed(hysteresis, ladders).reshape(-1, 3).T
         table.append(claim(f"N = {n:,}, {s['rung']} steps a rung: memory is born at one β, ties with chance at a "
                            "higher one and dies at a still higher one, below 1.05", "not shown",
