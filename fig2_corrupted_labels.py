@@ -97,7 +97,8 @@ def all_cnn(width, blocks):
     layers, channels = [], 3
     for out, kernel, stride in [(narrow, 3, 1), (narrow, 3, 1), (wide, 3, 2), (wide, 3, 1), (wide, 3, 1), (wide, 3, 2),
                                 (wide, 3, 1), (wide, 1, 1)]:
-        layers += [StochasticConv2d(channels, out, kernel, stride, kernel // 2), nn.BatchNorm2d(out), nn.ReLU()]
+        layers += [StochasticConv2d(channels, out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(out),
+                   nn.ReLU()]
         channels = out
     return nn.Sequential(*layers, StochasticConv2d(wide, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -316,14 +317,19 @@ def plot(rows, args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-def main():
-    args = parse_args(__doc__, DATASETS, SEEDS)
-    s = SETTINGS[args.scale]
+def make_cells(s):
+    """The cells of the two panels: (models, corruption)."""
+    models = [{"panel": "models", "model": model, "n": s["n_models"], "beta": beta}
+              for model in s["widths"] for beta in s["betas"]]
     corruption = [{"panel": "corruption", "corruption": share, "n": s["n"], "beta": s["beta"]} for share in s["shares"]]
     corruption += [{"panel": "corruption", "corruption": share, "n": n, "beta": beta}
                    for n, beta in s["elsewhere"] for share in (0.0, 1.0)]
-    models = [{"panel": "models", "model": model, "n": s["n_models"], "beta": beta}
-              for model in s["widths"] for beta in s["betas"]]
+    return models, corruption
+
+
+def main():
+    args = parse_args(__doc__, DATASETS, SEEDS)
+    models, corruption = make_cells(SETTINGS[args.scale])
     rows = add_derived(run_grid(corruption + models, train_cell, args, load_data))
     plot(rows, args)
     print_claims(claims(rows, args))
