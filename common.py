@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import itertools
+import functools
 import json
 import math
 import multiprocessing
@@ -494,6 +494,20 @@ def channel_statistics(images):
     mean = counts @ levels
     std = (counts @ levels**2 - mean**2).sqrt()
     return mean.view(1, -1, 1, 1).float(), std.view(1, -1, 1, 1).float()
+
+
+@functools.lru_cache(maxsize=1)
+def load_objects(dataset, data_dir, n_train, n_test):
+    """Pictures of ten kinds: (x_train, y_train, x_test, y_test, mean, std), read once a process.
+
+    dataset: "cifar10", all of it, or "synthetic", that many synthetic_objects. mean and std: channel_statistics of
+    x_train.
+    """
+    if dataset == "synthetic":
+        data = *synthetic_objects(n_train, seed=0), *synthetic_objects(n_test, seed=1)
+    else:
+        data = load_cifar10(data_dir)
+    return *data, *channel_statistics(data[0])
 
 
 def draw_subset(x, y, n, generator):

@@ -14,7 +14,6 @@ The protocol is that of Fig. 1, the same for every cell and network: Adam; 100 e
 learning rate held from 10% to 80% of the steps, then brought to 0 by a cosine; beta raised linearly from 0 over the first
 40% and held for the rest. Accuracy and cross-entropy are those of sampled weights on the train set.
 """
-import functools
 import math
 
 import matplotlib.pyplot as plt
@@ -22,10 +21,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import (StochasticConv2d, StochasticLinear, accuracy, calibrated, channel_statistics, claim, complete_seeds,
-                    corrupt_labels, crossing, draw_subset, ib_loss, label_information, load_cifar10, minibatches,
-                    new_figure, parse_args, per_seed, plot_points, predict, print_claims, run_grid, save_figure,
-                    summarise, synthetic_objects, weight_information)
+from common import (StochasticConv2d, StochasticLinear, accuracy, calibrated, claim, complete_seeds, corrupt_labels,
+                    crossing, draw_subset, ib_loss, label_information, load_objects, minibatches, new_figure,
+                    parse_args, per_seed, plot_points, predict, print_claims, run_grid, save_figure, summarise,
+                    weight_information)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings. `widths` are those of each network in `models`; `corruptions` is measured at `n` and `beta`, and its two ends
@@ -52,18 +51,8 @@ LR, LR_NOISE = 3e-3, 0.04  # Adam's learning rates of the means and of log sigma
 # Data and models
 # ----------------------------------------------------------------------------------------------------------------------
 def load_data(args):
-    """(x_train, y_train, x_test, y_test) as loaded, uint8, and the mean and std of each channel of x_train."""
     s = SETTINGS[args.scale]
-    return load_once(args.dataset, args.data_dir, max(s["n"], s["n_models"]), s["test"])
-
-
-@functools.lru_cache(maxsize=1)
-def load_once(dataset, data_dir, n_train, n_test):
-    if dataset == "synthetic":
-        data = *synthetic_objects(n_train, seed=0), *synthetic_objects(n_test, seed=1)
-    else:
-        data = load_cifar10(data_dir)
-    return *data, *channel_statistics(data[0])
+    return load_objects(args.dataset, args.data_dir, max(s["n"], s["n_models"]), s["test"])
 
 
 def make_cell_data(cell, test, device, args):
