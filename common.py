@@ -963,7 +963,7 @@ def _describe(cell):
 
 def _print_row(cell, row, count, total, elapsed):
     """One line of the progress table: the cell, what was measured, time gone and time to go."""
-    measured = [k for k in row if k.endswith("acc") or k in ("cross_entropy", "information")]
+    measured = [k for k in row if row[k] is not None and (k.endswith("acc") or k in ("cross_entropy", "information"))]
     values = " ".join(f"{k} {row[k]:<8.4g}" for k in measured) if row["status"] == "ok" else row["status"]
     clear = "\r\033[K" if sys.stdout.isatty() else ""
     print(f"{clear}{count:4d}/{total} {_describe(cell):<52} {values} {elapsed / 60:.1f} min, "

@@ -959,6 +959,91 @@ def test_fig2_claims_can_hold_and_fail_and_stay_undecided():
     assert verdicts(rise=3, drop=1)[:3] == ["not measured", "not measured", "yes"]
     assert verdicts(rise=3, drop=len(models) + 1)[6:] == ["not measured"] * 4 + ["yes"]
     assert verdicts(error=lambda beta: math.nan, rise=math.nan, accuracy=math.nan) == ["NO"] * 11
+FIG3 = dict(n=60, test=50, batch=20, widths=(1 / 96, 1 / 32), width_steps=6, beta_width=1 / 32, beta_steps=6,
+            betas=(0.01, 1.0, 100.0))
+
+
+@pytest.mark.parametrize("width, count", [(1 / 4, 102_610), (1 / 2, 406_810), (1, 1_620_010), (2, 6_465_610),
+                                          (3, 14_536_810)])
+def test_all_cnn_has_the_parameter_counts_of_the_paper(width, count):
+    import fig3_width_beta as figure
+    with torch.device("meta"):
+        model = figure.all_cnn(width)
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert count in figure.PAPER_WIDTH
+
+
+def test_all_cnn_is_one_net_with_plain_and_with_stochastic_weights():
+    import fig3_width_beta as figure
+    shapes = []
+    plain = figure.all_cnn(1 / 16)
+    stochastic = figure.all_cnn(1 / 16, noise="gaussian")
+    assert not stochastic.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    for layer in plain:
+        layer.register_forward_hook(lambda layer, inputs, output: shapes.append(tuple(output.shape)))
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(plain.eval()(x), stochastic.eval()(x))
+    assert [s[2] for s in shapes if len(s) == 4][::3] == [32, 32, 16, 16, 16, 8, 8, 8, 8]
+    layers = [m for m in stochastic if isinstance(m, nn.Conv2d)]
+    assert len(layers) == 9 and all(type(m) is StochasticConv2d and not m.local for m in layers)
+
+
+def test_fig3_runs_and_its_rows_keep_the_contract(tmp_path):
+    import fig3_width_beta as figure
+    result = run_tiny("fig3_width_beta", FIG3, tmp_path, "--seeds", "0", "1")
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "fig3_width_beta-demo.jsonl").read_text().splitlines()]
+    assert [(r["seed"], r["panel"]) for r in rows] == [(s, p) for s in (0, 1) for p in ["beta"] * 3 + ["width"] * 2]
+    for r in rows:
+        assert r["params"] == sum(p.numel() for p in figure.all_cnn(r["width"]).parameters()) and r["n"] == 60
+        assert all(0 <= r[key] <= 1 for key in ("train_acc", "train_acc_mean", "test_acc", "test_acc_sampled"))
+        if r["panel"] == "beta":
+            assert r["objective"] == pytest.approx(r["cross_entropy"] + r["beta"] * r["information"] / 60, rel=1e-5)
+        else:
+            assert r["information"] is None and "beta" not in r
+    for ending in ("png", "pdf"):
+        assert (tmp_path / f"fig3_width_beta-demo.{ending}").stat().st_size > 10_000
+    again = run_tiny("fig3_width_beta", FIG3, tmp_path, "--seeds", "0", "1", "--plot-only")
+    assert again.returncode == 0 and again.stdout.endswith(result.stdout[result.stdout.index("| claim |"):])
+
+
+def test_fig3_draws_whatever_rows_there_are(tmp_path):
+    for shard, panel in (("1/5", "beta"), ("4/5", "width")):
+        result = run_tiny("fig3_width_beta", FIG3, tmp_path / shard[0], "--shard", shard)
+        assert result.returncode == 0 and result.stdout.count("not measured") == 4, result.stderr
+        path, = (tmp_path / shard[0]).glob("*.jsonl")
+        assert [json.loads(line)["panel"] for line in path.read_text().splitlines()] == [panel]
+
+
+def test_fig3_claims_can_hold_and_fail_and_stay_undecided():
+    import types
+
+    import fig3_width_beta as figure
+    s, args = figure.SETTINGS["cpu"], types.SimpleNamespace(scale="cpu")
+
+    def verdicts(widths, betas, noise=0.0, drop=0):
+        """Errors in % of the widths, and of the betas; noise: added for seed 0 to the cells at the two ends."""
+        rows = []
+        for seed in (0, 1):
+            wobble = noise * (seed == 0)
+            rows += [dict(panel="width", width=w, error=e) for w, e in zip(s["widths"], widths)]
+            rows += [dict(panel="beta", width=s["beta_width"], beta=b, error=e + wobble * (i in (0, 8)))
+                     for i, (b, e) in enumerate(zip(s["betas"], betas))]
+            rows = [dict(status="ok", seed=seed) | r for r in rows]
+        for r in rows:
+            r["test_acc"] = 1 - r["error"] / 100
+        return [row[3] for row in figure.claims(rows[drop:], args)]
+
+    u, plateau = [46, 45, 44, 41, 41.5, 43, 50, 60, 90], [50, 42, 41, 42]
+    assert verdicts(plateau, u) == ["yes"] * 4
+    assert verdicts([50, 41, 42, 43], u)[0] == "NO"  # a U against width
+    assert verdicts([50, 46, 43, 41], u)[0] == "yes"  # the widest is the best
+    assert verdicts(plateau, [41.3, *u[1:]]) == ["yes", "NO", "yes", "yes"]  # by 0.3 points only
+    assert verdicts(plateau, [*u[:8], 42.5]) == ["yes", "yes", "NO", "yes"]
+    assert verdicts(plateau, sorted(u)) == ["yes", "NO", "yes", "NO"]  # no U: the least penalty is the best
+    assert verdicts(plateau, sorted(u)[::-1]) == ["yes", "yes", "NO", "NO"]
+    assert verdicts(plateau, [42, *u[1:8], 44], noise=40)[1:3] == ["NO", "NO"]  # within the spread of the seeds
+    assert verdicts([math.nan] * 4, [math.nan] * 9) == ["NO"] * 4
 
 
 def test_claim_needs_finite_numbers_and_all_of_them():
