@@ -1022,18 +1022,15 @@ def test_fig3_claims_can_hold_and_fail_and_stay_undecided():
     s, args = figure.SETTINGS["cpu"], types.SimpleNamespace(scale="cpu")
 
     def verdicts(widths, betas, noise=0.0, drop=0):
-        """Errors in % of the widths, and of the betas; noise: added for seed 0 to the cells at the two ends."""
+        """From errors in % at the widths and the betas; noise: added to both ends for seed 0; drop: cells left out."""
+        cells = list(zip(sum(figure.make_cells(s), []), widths[::-1] + betas))
         rows = []
-        for seed in (0, 1):
-            wobble = noise * (seed == 0)
-            rows += [dict(panel="width", width=w, error=e) for w, e in zip(s["widths"], widths)]
-            rows += [dict(panel="beta", width=s["beta_width"], beta=b, error=e + wobble * (i in (0, 8)))
-                     for i, (b, e) in enumerate(zip(s["betas"], betas))]
-            rows = [dict(status="ok", seed=seed) | r for r in rows]
-        for r in rows:
-            r["test_acc"] = 1 - r["error"] / 100
-        return [row[3] for row in figure.claims(rows[drop:], args)]
+        for seed, (cell, error) in itertools.product((0, 1), cells[drop:]):
+            error += noise * (seed == 0 and cell.get("beta") in ends)
+            rows.append(dict(cell, status="ok", seed=seed, test_acc=1 - error / 100))
+        return [row[3] for row in figure.claims(rows, args)]
 
+    ends = s["betas"][0], s["betas"][-1]
     u, plateau = [46, 45, 44, 41, 41.5, 43, 50, 60, 90], [50, 42, 41, 42]
     assert verdicts(plateau, u) == ["yes"] * 4
     assert verdicts([50, 41, 42, 43], u)[0] == "NO"  # a U against width
@@ -1044,6 +1041,8 @@ def test_fig3_claims_can_hold_and_fail_and_stay_undecided():
     assert verdicts(plateau, sorted(u)[::-1]) == ["yes", "yes", "NO", "NO"]
     assert verdicts(plateau, [42, *u[1:8], 44], noise=40)[1:3] == ["NO", "NO"]  # within the spread of the seeds
     assert verdicts([math.nan] * 4, [math.nan] * 9) == ["NO"] * 4
+    assert verdicts(plateau, u, drop=1) == ["not measured", "yes", "yes", "yes"]
+    assert verdicts(plateau, u, drop=5) == ["not measured"] * 4
 
 
 def test_claim_needs_finite_numbers_and_all_of_them():
