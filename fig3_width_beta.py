@@ -31,8 +31,8 @@ from common import (accuracy, calibrated, channel_statistics, claim, complete_se
 # Settings: training and test images; widths and steps of the width panel; width, betas and steps of the beta panel
 # ----------------------------------------------------------------------------------------------------------------------
 SETTINGS = {
-    "demo": dict(n=1000, test=1000, batch=50, widths=(1 / 32, 1 / 16, 1 / 8), width_steps=400,
-                 beta_width=1 / 8, betas=(0.001, 0.03, 0.3, 3.0, 100.0), beta_steps=600),
+    "demo": dict(n=800, test=1000, batch=50, widths=(1 / 32, 1 / 16, 1 / 8), width_steps=300,
+                 beta_width=1 / 8, betas=(0.001, 0.01, 0.03, 0.1, 1.0), beta_steps=600),
     "cpu": dict(n=5000, test=10_000, batch=100, widths=(1 / 16, 1 / 8, 1 / 4, 1 / 2), width_steps=1000,
                 beta_width=1 / 8, betas=tuple(10**k for k in (-3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)),
                 beta_steps=1500),
