@@ -266,9 +266,8 @@ def plot(rows, args):
     for r in good:
         r["per_sample"] = r["information"] / r["n"]
     colours = dict(zip(sizes, plt.cm.viridis(np.linspace(0, 0.85, len(sizes)))))
-    seeds = sorted({r["seed"] for r in good})
     fig, axes = new_figure(2, 4, f"Fig. 1: Small AlexNet, width ×{s['width']:g}, {args.dataset}, scale {args.scale}, "
-                           f"up to {len(seeds)} seeds a cell")
+                           f"up to {len({r['seed'] for r in good})} seeds a cell, {len(rows) - len(good)} diverged")
     panels = [("random", "train_acc"), ("real", "train_acc"), ("random", "test_acc"), ("real", "test_acc")]
     for ax, (labels, key) in zip(axes[0], panels):
         plot_map(ax, [r for r in good if r["labels"] == labels and r["start"] == "anneal"], labels, key)
