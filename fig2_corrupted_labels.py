@@ -265,23 +265,25 @@ def plot(rows, args):
     for (model, width), marker, colour in zip(s["widths"].items(), "os^", ("C0", "C1", "C2")):
         error = PAPER_ERROR[model]
         ax.plot(PAPER_BETAS[:len(error)], error, marker=marker, color="0.75", ms=4,
-                label=f"paper, {model} (N = 10,000)")
+                label=f"paper, {model}")
         plot_points(ax, summarise(models, "beta", "train_error", model=model), fmt=marker + "-", color=colour,
-                    label=f"{model}, width ×{width:g} (N = {s['n_models']:,})")
+                    label=f"{model}, width ×{width:g}")
     ax.axvline(1, ls="--", color="k", lw=1)
-    ax.set(xscale="log", xlabel="β", ylabel="train error, %, sampled weights", title="random labels, three networks")
-    ax.legend()
+    ax.set(xscale="log", xlabel="β", ylabel="train error, %, sampled weights",
+           title=f"random labels, N = {s['n_models']:,} (paper: 10,000)")
+    ax.set_xlim(left=1e-3)  # room for the legend
+    ax.legend(loc="upper left")
 
     ax = axes[0, 1]
     points = summarise(main, "corruption", "per_sample")
     start = points[0][1] if points else 0
     ax.plot(SHARES, [v - PAPER_INFORMATION[0.0] + start for v in PAPER_INFORMATION.values()], "o-", color="0.75", ms=4,
-            label="paper, known up to a constant: moved to begin where ours does")
+            label="paper, up to a constant: moved to begin where ours does")
     plot_points(ax, points, color="C3", label=f"Small AlexNet, width ×{s['widths']['Small AlexNet']:g}")
     ax.axhspan(start, start + LOG10, color="C0", alpha=0.08, lw=0, label="log 10 = 2.30 nats: a random label")
     ax.set(xlabel="share of corrupted labels", ylabel="I(w;D)/N, nats per sample",
            title=f"information in the weights, N = {s['n']:,}, β = {s['beta']:g}")
-    ax.legend()
+    ax.legend(loc="lower right")
 
     ax = axes[1, 0]
     shares = sorted({r["corruption"] for r in main})
