@@ -271,7 +271,7 @@ def plot(rows, args):
     ax.axvline(1, ls="--", color="k", lw=1)
     ax.set(xscale="log", xlabel="β", ylabel="train error, %, sampled weights",
            title=f"random labels, N = {s['n_models']:,} (paper: 10,000)")
-    ax.set_xlim(left=1e-3)  # room for the legend
+    ax.set_xlim(left=3e-4)  # room for the legend
     ax.legend(loc="upper left")
 
     ax = axes[0, 1]
