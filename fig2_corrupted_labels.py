@@ -32,9 +32,9 @@ from common import (StochasticConv2d, StochasticLinear, accuracy, calibrated, cl
 # ----------------------------------------------------------------------------------------------------------------------
 SHARES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 SETTINGS = {
-    "demo": dict(widths={"Small AlexNet": 1 / 8, "All-CNN": 1 / 8, "ResNet": 1 / 2}, blocks=1, n_models=100,
-                 betas=(0.025, 0.158, 1.0, 6.31), n=200, beta=0.1, shares=(0.0, 0.5, 1.0), elsewhere=(), steps=300,
-                 batch=100, test=1000),
+    "demo": dict(widths={"Small AlexNet": 1 / 8, "All-CNN": 1 / 16, "ResNet": 1 / 2}, blocks=1, n_models=100,
+                 betas=(0.0025, 0.025, 0.25, 2.5), n=200, beta=0.1, shares=(0.0, 0.5, 1.0), elsewhere=(), steps=400,
+                 batch=50, test=1000),
     "cpu": dict(widths={"Small AlexNet": 1 / 4, "All-CNN": 1 / 8, "ResNet": 1 / 2}, blocks=1, n_models=1000,
                 betas=(0.025, 0.063, 0.158, 0.398, 1.0, 2.51), n=3000, beta=0.1, shares=SHARES,
                 elsewhere=((300, 0.1), (1000, 0.03), (1000, 0.1), (1000, 0.2)), steps=1000, batch=100, test=5000),
