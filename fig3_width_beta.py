@@ -1,6 +1,6 @@
 """Fig. 3: more weights do not overfit, more information does: the U of the bias-variance trade-off is against beta.
 
-    python fig3_width_beta.py --scale demo     # synthetic images, XXX minutes on 2 cores
+    python fig3_width_beta.py --scale demo     # synthetic images, 1.5 minutes on 2 cores
     python fig3_width_beta.py --scale cpu      # 5,000 images of CIFAR-10, 1/16 to 1/2 width, about 2 hours on 2 cores
     python fig3_width_beta.py --gpu 0          # CIFAR-10, the paper's widths 1/4 to 3 and 11 values of beta
 
@@ -163,7 +163,7 @@ def claims(rows, args):
     values = [errors(width, "width", w) for w in (best, worst)]
     table.append(claim("width, weight decay only: nets wider than the best are worse by no more than 1.5 points (a "
                        "plateau)", "best 8.45%, widest 9.45%",
-                       {"best": values[0], "worst of those as wide or wider": values[1]},
+                       {f"best, ×{best:.3g}": values[0], f"worst from there on, ×{worst:.3g}": values[1]},
                        lambda v: np.mean(values[1]) - np.mean(values[0]) <= 1.5, "{:.1f}%"))
     best = lowest(beta, "beta")
     bottom = errors(beta, "beta", best)
