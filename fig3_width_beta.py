@@ -34,7 +34,7 @@ SETTINGS = {
                  beta_width=1 / 8, betas=(0.001, 0.01, 0.03, 0.1, 1.0), beta_steps=600),
     "cpu": dict(n=5000, test=10_000, batch=100, widths=(1 / 16, 1 / 8, 1 / 4, 1 / 2), width_steps=500,
                 beta_width=1 / 8, betas=tuple(10**k for k in (-3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)),
-                beta_steps=1000),
+                beta_steps=1500),
     "paper": dict(n=50_000, test=10_000, batch=250, widths=(1 / 4, 1 / 2, 1, 2, 3), width_steps=30_000,
                   beta_width=1, betas=tuple(10 ** (k / 2 - 3) for k in range(11)), beta_steps=30_000),
 }
