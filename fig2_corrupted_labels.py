@@ -1,14 +1,15 @@
 """Fig. 2: random labels are memorised while beta < 1 whatever the network, and each costs its nats of information.
 
-    python fig2_corrupted_labels.py --scale demo     # synthetic images, XXX minutes on 2 cores
-    python fig2_corrupted_labels.py --scale cpu      # CIFAR-10, small networks, about XXX on 2 cores
+    python fig2_corrupted_labels.py --scale demo     # synthetic images, 1.5 minutes on 2 cores
+    python fig2_corrupted_labels.py --scale cpu      # CIFAR-10, small networks, about an hour on 2 cores
     python fig2_corrupted_labels.py --gpu 0          # CIFAR-10, the paper's N = 10,000 and 30,000
 
 Two experiments. "models": Small AlexNet, All-CNN and a ResNet are trained on random labels with L = cross-entropy +
 beta/N * I(w;D), for beta from 0.025 up; train error goes from nothing to chance. "corruption": Small AlexNet is trained
 at one small beta, at which it fits everything, with a share of the labels drawn anew; the information in its weights
 grows with the share. The paper expects the whole rise to be about log 10 = 2.30 nats a sample, what a random label
-holds, and shows 3.1. Expected at cpu scale: XXX.
+holds, and shows 3.1. Measured at cpu scale: the rise is 3.17 nats at N = 3,000, and depends on N and beta (1.7 at N = 300;
+5.9 at beta = 0.03); error rises through 55% at beta = 0.27 for Small AlexNet and 0.12 for the two others.
 
 The protocol is that of Fig. 1, the same for every cell and network: Adam; 100 epochs, or `steps` if that is more;
 learning rate held from 10% to 80% of the steps, then brought to 0 by a cosine; beta raised linearly from 0 over the first
@@ -240,7 +241,7 @@ def claims(rows, args):
     table.append(claim(f"{where}: information grows with every step of corruption (mean over seeds)",
                        "; ".join(f"{PAPER_INFORMATION[b] - PAPER_INFORMATION[a]:.2f}"
                                  for a, b in zip(s["shares"], s["shares"][1:])), steps,
-                       lambda v: (v.reshape(len(steps), -1).mean(1) > 0).all(), "{:+.2f}"))
+                       lambda v: (v.reshape(len(steps), -1).mean(1) > 0).all(), "{:.2f}"))
     for name, key, others in (("grows with N", 0, [(m, b) for m, b in s["elsewhere"] if b == beta] + [(n, beta)]),
                               ("shrinks as β grows", 1, [(m, b) for m, b in s["elsewhere"] if m == 1000])):
         if len(others) > 1:
