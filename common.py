@@ -354,6 +354,35 @@ def alpha_from_information(information, dim):
     return torch.exp(-2 * torch.as_tensor(information) / dim)
 
 
+def layer_information_bound(dim_z, alpha):
+    """Most that the noisy units of one layer let through: dim_z * (g(alpha) + 1) >= I(z;x) + TC(z), nats (Prop. 5.2).
+
+    I(z;x) + TC(z) lies between dim_z * g(alpha) and this. The least of it over the layers bounds what any later layer
+    holds about the input (Cor. 5.3). dim_z: number of units; of a convolution, channels * height * width. alpha: float,
+    or tensor with an alpha a unit, of log-normal noise; for Gaussian noise of variance a pass log1p(a), which has the
+    same first two moments, so that g becomes the capacity log(1 + 1/a)/2 of a Gaussian channel.
+    It asks for inputs that are centred, uncorrelated and hardly ever all zero: correlated ones carry up to
+    dim_z * log(dim x)/2 nats more, and noise that multiplies a zero input hides nothing. And for one alpha a unit: where
+    the alphas of its weights differ, the unit's is that of its noise, expm1(alpha_i) = sum_j expm1(alpha_ij) w_ij^2 /
+    sum_j w_ij^2. Under noise that places share (a convolution with local=False) the places tell on one another.
+    """
+    return dim_z * (g(alpha).mean() + 1)
+
+
+def layer_information(weight, alpha, x):
+    """I(z;x) + TC(z) of a layer z = Wx with noise on its weights, for the inputs x: 0-d tensor, nats (Prop. 5.1).
+
+    weight: (out, in), the means. alpha: (out, in) or a float, of log-normal noise; for Gaussian noise of variance a pass
+    log1p(a). x: (n, in), samples of the input, correlated and off centre as they are; a bias changes nothing. Sum over
+    the units of log(Var z_i)/2 - E_x log(Var z_i|x)/2, which takes z_i and z_i|x as Gaussian: many inputs a unit, none of
+    them dominant. inf where some x is all zero. Noise independent between units, and between examples.
+    """
+    x, alpha = torch.as_tensor(x), torch.as_tensor(alpha, dtype=weight.dtype, device=weight.device)
+    noise = x**2 @ (torch.expm1(alpha) * weight**2).T
+    signal = (x @ weight.T).var(0, correction=0)
+    return 0.5 * (torch.log(signal + noise.mean(0)) - torch.log(noise).mean(0)).sum()
+
+
 def label_information(logits, labels):
     """Label nats that the logits hold: H(y) - cross-entropy, a lower bound on I(z;y) on test data; 0-d tensor, nats.
 

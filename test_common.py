@@ -21,8 +21,8 @@ import torchvision
 
 import common
 from common import (DataError, StochasticConv2d, StochasticLinear, add_clutter, alpha_from_information,
-                    corrupt_labels, g, ib_loss, label_information, load_celeba, load_cifar10, load_mnist,
-                    sample_weights, synthetic_digits, synthetic_faces, synthetic_objects, to_stochastic,
+                    corrupt_labels, g, ib_loss, label_information, layer_information, layer_information_bound,
+                    load_celeba, load_cifar10, load_mnist, sample_weights, synthetic_digits, synthetic_faces, synthetic_objects, to_stochastic,
                     total_correlation, weight_information)
 
 HERE = Path(__file__).resolve().parent
@@ -319,6 +319,95 @@ def test_g_is_the_capacity_of_proposition_5_2():
 def test_alpha_from_information_inverts_the_information_of_a_layer():
     layer = StochasticLinear(30, 20, noise="lognormal", log_alpha=-2.5, max_log_alpha=0.0)  # C = 0
     assert alpha_from_information(layer.information(), 600).item() == pytest.approx(math.exp(-2.5), rel=1e-5)
+
+
+def spacing_entropy(samples):
+    """Entropy of each column of samples (n, d) by Vasicek's spacings, nats: no shape of the distribution is assumed."""
+    i, m = torch.arange(len(samples)), int(len(samples) ** 0.5)
+    above, below = (i + m).clamp(max=len(i) - 1), (i - m).clamp(min=0)
+    ordered = samples.sort(0).values
+    return torch.log((ordered[above] - ordered[below]) * len(i) / (above - below)[:, None]).mean(0)
+
+
+@pytest.mark.parametrize("noise, alpha", [("lognormal", 0.2), ("gaussian", 4.0)])
+def test_proposition_5_1_is_what_sampled_units_tell_of_correlated_inputs(noise, alpha):
+    x = torch.randn(10_000, 60) @ (torch.randn(60, 60) / 8 + torch.eye(60)) + 0.3
+    weight, alpha = torch.randn(3, 60), alpha * torch.rand(3, 60)
+
+    def sample(x):  # new weights for every row of x
+        eps = torch.randn(len(x), 3, 60)
+        eps = 1 + alpha.sqrt() * eps if noise == "gaussian" else torch.exp(alpha.sqrt() * eps - alpha / 2)
+        return torch.einsum("noi,oi,ni->no", eps, weight, x)
+
+    alpha_of_eps = torch.log1p(alpha) if noise == "gaussian" else alpha
+    gaussian = 0.5 * torch.log(2 * math.pi * math.e * x**2 @ (torch.expm1(alpha_of_eps) * weight**2).T)  # h(z|x)
+    given = torch.stack([spacing_entropy(sample(row.expand(1000, -1))) for row in x[:100]])
+    given = gaussian.mean(0) + (given - gaussian[:100]).mean(0)  # 100 inputs, with the Gaussian as control variate
+    sampled = (spacing_entropy(sample(x)) - given).sum()
+    assert layer_information(weight, alpha_of_eps, x).item() == pytest.approx(sampled.item(), abs=0.1)
+
+
+def white_inputs(n, dim):
+    """Gaussian inputs (n, dim) of which mean and covariance are exactly 0 and 1."""
+    x = torch.randn(n, dim, dtype=torch.double)
+    x = x - x.mean(0)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(x.T @ x / n), x.T, upper=False).T
+
+
+@pytest.mark.parametrize("dim_x", [1, 2, 5, 20, 100])
+def test_proposition_5_2_holds_for_random_layers_and_falls_strictly_with_alpha(dim_x):
+    alphas = 10.0 ** torch.arange(-5, 2, dtype=torch.double)
+    x, weight = white_inputs(20_000, dim_x), torch.randn(4, dim_x, dtype=torch.double)
+    information = torch.stack([layer_information(weight, alpha, x) for alpha in alphas])
+    bound = torch.stack([layer_information_bound(4, alpha) for alpha in alphas])
+    excess = information / 4 - g(alphas)
+    assert (excess > -1e-9).all() and (information < bound).all() and torch.equal(bound, 4 * g(alphas) + 4)
+    assert excess.max() < min(0.65, 2 / dim_x)  # c = O(1/dim x): at most the 0.635 of a single input
+    assert (information.diff() < 0).all() and (bound.diff() < 0).all()
+
+
+def test_corollary_5_3_bounds_what_the_last_layer_tells_of_the_input_by_the_narrowest():
+    widths, alphas = (30, 1, 8, 1), (0.3, 0.001, 0.001)
+    weights = [torch.randn(m, n) / n**0.5 for n, m in zip(widths, widths[1:])]
+
+    def sample(z):
+        for weight, alpha in zip(weights, alphas):
+            eps = torch.exp(alpha**0.5 * torch.randn(len(z), *weight.shape) - alpha / 2)
+            z = torch.einsum("noi,oi,ni->no", eps, weight, z)
+        return z
+
+    x = torch.randn(5000, 30)
+    given = torch.stack([spacing_entropy(sample(row.expand(500, -1))) for row in x[:100]]).mean()
+    held = spacing_entropy(sample(x)) - given  # I(z3;x)
+    assert 0.2 < held < layer_information(weights[0], 0.3, x) + 0.1  # data processing, within the error of held
+    bounds = [layer_information_bound(width, alpha) for width, alpha in zip(widths[1:], alphas)]
+    assert held < min(bounds) == bounds[0] and layer_information(weights[2], 0.001, torch.randn(1000, 8)) > min(bounds)
+
+
+def test_proposition_5_2_needs_twice_the_information_that_is_printed():
+    alpha = math.exp(-6)
+    layer = StochasticLinear(50, 30, noise="lognormal", log_alpha=-6.0, max_log_alpha=0.0)  # C = 0
+    held = layer_information(layer.weight.detach().double(), alpha, white_inputs(5000, 50)) / 30
+    information = layer.information().item()
+    printed, corrected = math.exp(-information / 1500), alpha_from_information(information, 1500)
+    assert g(corrected) <= held <= g(corrected) + 1
+    assert held > g(printed) + 1
+
+
+def test_proposition_5_2_asks_for_centred_and_uncorrelated_inputs():
+    weight, x = torch.rand(3, 100), torch.randn(2000, 1)
+    assert layer_information(weight, 0.1, x.expand(-1, 100)) > layer_information_bound(3, 0.1)  # inputs all alike
+    assert layer_information(torch.randn(3, 100), 0.1, torch.randn(2000, 100) + 9) < 3 * g(0.1)  # far off centre
+    assert layer_information(weight, 0.1, F.pad(x.expand(-1, 100), (0, 0, 0, 1))) == math.inf  # one x = 0: no noise
+    mixed = torch.rand(3, 100)  # the alpha of a unit whose weights differ in theirs
+    unit = torch.log1p((torch.expm1(mixed) * weight**2).sum(1) / (weight**2).sum(1))
+    x = white_inputs(5000, 100).float()
+    assert 3 * g(unit).mean() <= layer_information(weight, mixed, x) <= layer_information_bound(3, unit)
+
+
+def test_noise_of_one_variance_has_one_capacity():
+    a = torch.tensor([0.01, 1.0, 30.0], dtype=torch.double)
+    assert torch.allclose(g(torch.log1p(a)), 0.5 * torch.log1p(1 / a))  # that of a Gaussian channel
 
 
 def test_label_information():
