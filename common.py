@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import itertools
+import functools
 import json
 import math
 import multiprocessing
@@ -605,6 +605,20 @@ def channel_statistics(images):
     return mean.view(1, -1, 1, 1).float(), std.view(1, -1, 1, 1).float()
 
 
+@functools.lru_cache(maxsize=1)
+def load_objects(dataset, data_dir, n_train, n_test):
+    """Pictures of ten kinds: (x_train, y_train, x_test, y_test, mean, std), read once a process.
+
+    dataset: "cifar10", all of it, or "synthetic", that many synthetic_objects. mean and std: channel_statistics of
+    x_train.
+    """
+    if dataset == "synthetic":
+        data = *synthetic_objects(n_train, seed=0), *synthetic_objects(n_test, seed=1)
+    else:
+        data = load_cifar10(data_dir)
+    return *data, *channel_statistics(data[0])
+
+
 def draw_subset(x, y, n, generator):
     """n of the pairs (x, y), a seeded draw without repetition. DataError where there are fewer."""
     if n > len(x):
@@ -1058,7 +1072,7 @@ def _describe(cell):
 
 def _print_row(cell, row, count, total, elapsed):
     """One line of the progress table: the cell, what was measured, time gone and time to go."""
-    measured = [k for k in row if k.endswith("acc") or k in ("cross_entropy", "information")]
+    measured = [k for k in row if row[k] is not None and (k.endswith("acc") or k in ("cross_entropy", "information"))]
     values = " ".join(f"{k} {row[k]:<8.4g}" for k in measured) if row["status"] == "ok" else row["status"]
     clear = "\r\033[K" if sys.stdout.isatty() else ""
     print(f"{clear}{count:4d}/{total} {_describe(cell):<52} {values} {elapsed / 60:.1f} min, "

@@ -17,7 +17,6 @@ of beta, and a net tends to leave the worse one, if slowly near the edge. Two mo
   start = "chance":    begin at the largest beta, then lower it rung by rung until something is learned.
 Accuracy and cross-entropy are those of sampled weights on the train set, unless the name says mean.
 """
-import functools
 import math
 
 import matplotlib.pyplot as plt
@@ -26,10 +25,10 @@ import torch
 import torch.nn as nn
 from matplotlib.tri import Triangulation
 
-from common import (StochasticConv2d, StochasticLinear, accuracy, calibrated, channel_statistics, claim, complete_seeds,
-                    corrupt_labels, crossing, draw_subset, ib_loss, label_information, load_cifar10, minibatches,
-                    new_figure, parse_args, per_seed, plot_points, predict, print_claims, run_grid, save_figure,
-                    summarise, synthetic_objects, weight_information)
+from common import (StochasticConv2d, StochasticLinear, accuracy, calibrated, claim, complete_seeds, corrupt_labels,
+                    crossing, draw_subset, ib_loss, label_information, load_objects, minibatches, new_figure,
+                    parse_args, per_seed, plot_points, predict, print_claims, run_grid, save_figure, summarise,
+                    weight_information)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings. `hysteresis` lists the N whose two ends are measured, `ladder` the beta they step over with `rung` steps at
@@ -59,17 +58,8 @@ LR, LR_NOISE = 3e-3, 0.04  # Adam's learning rates of the means and of log sigma
 # Data and model
 # ----------------------------------------------------------------------------------------------------------------------
 def load_data(args):
-    """(x_train, y_train, x_test, y_test) as loaded, uint8, and the mean and std of each channel of x_train."""
-    return load_once(args.dataset, args.data_dir, max(SETTINGS[args.scale]["sizes"]), SETTINGS[args.scale]["test"])
-
-
-@functools.lru_cache(maxsize=1)
-def load_once(dataset, data_dir, n_train, n_test):
-    if dataset == "synthetic":
-        data = *synthetic_objects(n_train, seed=0), *synthetic_objects(n_test, seed=1)
-    else:
-        data = load_cifar10(data_dir)
-    return *data, *channel_statistics(data[0])
+    s = SETTINGS[args.scale]
+    return load_objects(args.dataset, args.data_dir, max(s["sizes"]), s["test"])
 
 
 def make_cell_data(cell, test, device, args):
@@ -276,9 +266,8 @@ def plot(rows, args):
     for r in good:
         r["per_sample"] = r["information"] / r["n"]
     colours = dict(zip(sizes, plt.cm.viridis(np.linspace(0, 0.85, len(sizes)))))
-    seeds = sorted({r["seed"] for r in good})
     fig, axes = new_figure(2, 4, f"Fig. 1: Small AlexNet, width ×{s['width']:g}, {args.dataset}, scale {args.scale}, "
-                           f"up to {len(seeds)} seeds a cell")
+                           f"up to {len({r['seed'] for r in good})} seeds a cell, {len(rows) - len(good)} diverged")
     panels = [("random", "train_acc"), ("real", "train_acc"), ("random", "test_acc"), ("real", "test_acc")]
     for ax, (labels, key) in zip(axes[0], panels):
         plot_map(ax, [r for r in good if r["labels"] == labels and r["start"] == "anneal"], labels, key)
@@ -356,7 +345,7 @@ def plot_map(ax, rows, labels, key):
 
 # ----------------------------------------------------------------------------------------------------------------------
 def main():
-    args = parse_args(__doc__, DATASETS, SEEDS, {"--caps": dict(type=float, nargs="+", metavar="C", help=(
+    args = parse_args(__doc__, DATASETS, SEEDS, {"--caps": dict(type=finite, nargs="+", metavar="C", help=(
         "instead of the figure: one N with log-normal noise, its log alpha capped at each of these values"))})
     s = SETTINGS[args.scale]
     if args.caps:
@@ -370,6 +359,13 @@ def main():
     print_claims(claims(rows, args))
     print("\nfor the record, chosen on the test set: β of the best test accuracy on real labels:",
           "; ".join(f"N={n:,} {best_beta(rows, n):g}" for n in s["sizes"]))
+
+
+def finite(text):
+    """A number of the command line; argparse reports the ValueError."""
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
 
 
 def compare_caps(args, s):

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 import torchvision
 
 import common
-from common import (DataError, StochasticConv2d, StochasticLinear, add_clutter, alpha_from_information, corrupt_labels,
-                    flat_minimum_bound, g, hessian_trace, ib_loss, label_information, layer_information,
-                    layer_information_bound, load_celeba, load_cifar10, load_mnist, pac_bayes_bound, prior_divergence,
-                    sample_weights, synthetic_digits, synthetic_faces, synthetic_objects, to_stochastic,
-                    total_correlation, weight_information)
+from common import (DataError, StochasticConv2d, StochasticLinear, add_clutter, alpha_from_information, calibrated,
+                    channel_statistics, corrupt_labels, draw_subset, flat_minimum_bound, g, hessian_trace, ib_loss,
+                    label_information, layer_information, layer_information_bound, load_celeba, load_cifar10,
+                    load_mnist, minibatches, pac_bayes_bound, prior_divergence, sample_weights, synthetic_digits,
+                    synthetic_faces, synthetic_objects, to_stochastic, total_correlation, weight_information)
 
 HERE = Path(__file__).resolve().parent
 NOISES = list(itertools.product(("gaussian", "lognormal"), (True, False)))
@@ -211,6 +211,26 @@ def test_noise_is_drawn_in_train_mode_and_within_sample_weights():
     assert not torch.equal(model(x), model(x))
     with sample_weights(model, draw=False):
         assert torch.equal(model(x), model(x))
+
+
+def test_calibrated_estimates_batch_norm_for_the_weights_measured_and_puts_it_back():
+    layer = StochasticLinear(3, 4, local=False, log_alpha=0.0)
+    model = nn.Sequential(layer, nn.BatchNorm1d(4)).train()
+    x = 2 + torch.randn(400, 3)
+    model(x)
+    before = copy.deepcopy(model.state_dict())
+    with calibrated(model, [x], draw=False):
+        assert not model.training and layer.sampling is False
+        assert torch.allclose(model[1].running_mean, F.linear(x, layer.weight, layer.bias).mean(0), atol=1e-5)
+        assert torch.allclose(model(x).mean(0), torch.zeros(4), atol=1e-5)
+    with pytest.raises(RuntimeError), calibrated(model, x.split(1 + len(x) // 2) * 200, draw=True):
+        assert layer.sampling is True and not torch.equal(model(x), model(x))
+        variance = (layer.weight * x.mean(0)).square().sum(1)  # of the mean over x of x @ w, between weight samples
+        outputs = F.linear(x, layer.weight, layer.bias).mean(0)
+        assert ((model[1].running_mean - outputs).abs() < 5 * (variance / 400).sqrt()).all()
+        raise RuntimeError
+    assert layer.sampling is None and all(torch.equal(before[k], v) for k, v in model.state_dict().items()
+                                          if "running" in k)
 
 
 def test_noise_must_have_a_known_name():
@@ -673,7 +693,7 @@ def test_pac_bayes_bound_holds_over_every_training_set_of_a_toy_world():
 
 def test_pac_bayes_bound_is_no_better_than_inverting_the_binary_divergence():
     def inverse(loss, budget):  # the largest p of which the coins' divergence from loss is within the budget
-        low, high = loss, 1.0
+        low, high = loss, 1 - 1e-12
         for _ in range(60):
             p = (low + high) / 2
             divergence = sum(a * math.log(a / b) for a, b in ((loss, p), (1 - loss, 1 - p)) if a > 0)
@@ -865,6 +885,20 @@ def test_failed_downloads_say_what_to_do(tmp_path, monkeypatch, load, name, hint
     message = str(error.value)
     assert "\n" not in message and "no network" in message and "--scale demo" in message and str(tmp_path) in message
     assert all(hint in message for hint in hints) and not (tmp_path / "data").exists()
+
+
+def test_channel_statistics_and_subsets():
+    x = torch.randint(256, (50, 3, 6, 5), dtype=torch.uint8)
+    mean, std = channel_statistics(x)
+    assert mean.shape == std.shape == (1, 3, 1, 1)
+    assert torch.allclose(mean.flatten(), x.float().mean((0, 2, 3)), rtol=1e-5)
+    assert torch.allclose(std.flatten(), x.float().std((0, 2, 3), correction=0), rtol=1e-5)
+    x, y = torch.arange(50), torch.arange(50) + 100
+    few, labels = draw_subset(x, y, 20, torch.Generator().manual_seed(1))
+    assert len(set(few.tolist())) == 20 and torch.equal(labels, few + 100) and not torch.equal(few, x[:20])
+    assert torch.equal(few, draw_subset(x, y, 20, torch.Generator().manual_seed(1))[0])
+    with pytest.raises(DataError, match="51 .* 50"):
+        draw_subset(x, y, 51, torch.Generator())
 
 
 def test_corrupt_labels_draws_exactly_the_share_anew():
@@ -1238,6 +1272,187 @@ def test_fig1_map_takes_few_and_collinear_cells(cells):
     import fig1_phase_transition as figure
     fig, axes = common.new_figure(1, 1, "")
     figure.plot_map(axes[0, 0], [fabricated("random", "anneal", n, b, 0.5) for n, b in cells], "random", "train_acc")
+
+
+def test_minibatches_go_through_every_sample_once_an_epoch():
+    batches = list(itertools.islice(minibatches(10, 3, "cpu"), 6))
+    assert all(len(batch) == 3 for batch in batches)
+    for epoch in (batches[:3], batches[3:]):
+        assert len(set(torch.cat(epoch).tolist())) == 9
+    assert not torch.equal(torch.cat(batches[:3]), torch.cat(batches[3:]))
+    assert len(next(minibatches(10, 100, "cpu"))) == 10
+
+
+def test_crossing_is_where_a_curve_falls_through_a_level():
+    assert common.crossing([(0.1, 0.9), (10, 0.1), (100, 0.9), (1000, 0)], 0.5) == pytest.approx(1.0)
+    assert math.isnan(common.crossing([(0.1, 0.4), (1, 0.6)], 0.5)) and math.isnan(common.crossing([], 0.5))
+
+
+def test_only_seeds_with_all_cells_are_complete():
+    rows = [{"seed": s, "beta": b, "n": n, "status": "ok"} for s in (0, 1, 2) for b in (1, 2, 3) for n in (5, 6)]
+    rows[0]["status"] = "diverged"  # seed 0, beta 1, n 5
+    del rows[-2]  # seed 2, beta 3, n 5
+    cells = [{"n": 5, "beta": b} for b in (1, 3)]
+    kept = common.complete_seeds(rows, cells)
+    assert [(r["seed"], r["beta"], r["n"]) for r in kept] == [(1, 1, 5), (1, 3, 5)]
+    assert common.per_seed(len, rows).tolist() == [6, 6, 5] and common.per_seed(len, []).size == 0
+
+
+FIG2 = dict(widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "ResNet": 1 / 2}, n_models=200, betas=(0.01, 10.0), n=200,
+            shares=(0.0, 0.5, 1.0), elsewhere=((100, 0.1),), steps=3, batch=20, test=50)
+
+
+def test_fig2_runs_and_its_rows_keep_the_contract(tmp_path):
+    result = run_tiny("fig2_corrupted_labels", FIG2, tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "fig2_corrupted_labels-demo.jsonl").read_text().splitlines()]
+    assert [r["panel"] for r in rows] == ["corruption"] * 5 + ["models"] * 6
+    for r in rows:
+        assert {"model", "n", "beta"} <= set(r) if r["panel"] == "models" else {"corruption", "n", "beta"} <= set(r)
+        assert r["information"] == pytest.approx(sum(r["information_by_layer"].values()), rel=1e-5)
+        assert r["objective"] == pytest.approx(r["cross_entropy"] + r["beta"] * r["information"] / r["n"], rel=1e-5)
+        assert all(0 <= r[key] <= 1 for key in ("train_acc", "train_acc_mean", "test_acc", "test_acc_sampled"))
+    assert list(rows[0]["information_by_layer"]) == ["conv1", "conv2", "fc3", "fc4", "fc5"]
+    again = run_tiny("fig2_corrupted_labels", FIG2, tmp_path, "--plot-only")
+    assert again.returncode == 0 and again.stdout.endswith(result.stdout[result.stdout.index("| claim |"):])
+    first = tmp_path / "first"
+    result = run_tiny("fig2_corrupted_labels", FIG2, first, "--shard", "1/11")
+    assert result.returncode == 0 and "not measured" in result.stdout, result.stderr
+
+
+def test_fig2_networks_have_the_size_and_the_shapes_they_claim():
+    import fig2_corrupted_labels as figure
+    with torch.device("meta"):
+        for width, count in ((1 / 4, 102_610), (1, 1_620_010)):
+            means = [p for name, p in figure.all_cnn(width, 1).named_parameters() if not name.endswith("log_sigma2")]
+            assert sum(p.numel() for p in means) == count
+        weights = [m.weight for m in figure.small_alexnet(1, 1) if isinstance(m, (nn.Conv2d, nn.Linear))]
+        assert sum(w.numel() for w in weights) + 64 + 64 + 384 + 192 + 10 == 1_387_786
+        for blocks in (1, 3):
+            convolutions = [m for m in figure.resnet(1, blocks).modules() if getattr(m, "kernel_size", 0) == (3, 3)]
+            assert len(convolutions) + 1 == 6 * blocks + 2
+    for model in figure.MODELS.values():
+        x = torch.randn(3, 3, 28, 28)
+        assert model(1 / 2, 1)(x).shape == (3, 10)
+    block = figure.Block(4, 8, 2).eval()  # against the convolution with stride 2 that the slice stands for
+    x = torch.randn(2, 4, 8, 8)
+    h = block.norm1(x).relu()
+    wanted = F.conv2d(h, block.shortcut.weight, stride=2) + block.conv2(block.norm2(block.conv1(h)).relu())
+    assert torch.allclose(block(x), wanted, atol=1e-5)
+
+
+def test_fig2_claims_can_hold_and_fail_and_stay_undecided():
+    import types
+
+    import fig2_corrupted_labels as figure
+    s = figure.SETTINGS["cpu"]
+    models, corruption = figure.make_cells(s)
+
+    def verdicts(error=lambda beta: 5 if beta < 0.1 else 90, rise=2.5, accuracy=0.95, bend=0.0, drop=0):
+        rows = []
+        for seed, cell in itertools.product((0, 1), (models + corruption)[drop:]):
+            nats = 6 - cell["beta"] + rise * cell.get("corruption", 0) * (1 + math.log(cell["n"] / 3000) / 10)
+            nats += (cell.get("corruption") == 0.9) * bend - 4 * cell["beta"] * cell.get("corruption", 0)
+            wrong = error(cell["beta"]) / 100 if cell["panel"] == "models" else 1 - accuracy
+            rows.append(dict(cell, status="ok", seed=seed, train_acc=1 - wrong, information=nats * cell["n"],
+                             information_by_layer={"conv1": nats * cell["n"]}))
+        return [row[3] for row in figure.claims(figure.add_derived(rows), types.SimpleNamespace(scale="cpu"))]
+
+    assert verdicts(rise=3) == ["yes"] * 11
+    assert verdicts(error=lambda beta: 16 if beta < 0.1 else 90, rise=3)[:6] == ["NO", "yes"] * 3
+    assert verdicts(error=lambda beta: 5 if beta < 0.1 else 79, rise=3)[:6] == ["NO", "yes"] * 3
+    assert verdicts(error=lambda beta: 5 if beta < 2 else 90, rise=3)[:6] == ["yes", "NO"] * 3
+    assert verdicts(accuracy=0.8, rise=3)[6:] == ["NO", "yes", "yes", "yes", "yes"]
+    assert verdicts(rise=1)[6:9] == ["yes", "NO", "yes"] and verdicts(rise=5)[7] == "NO"
+    assert verdicts(rise=3, bend=1.0)[6:9] == ["yes", "yes", "NO"]
+    assert verdicts(rise=-3)[8:] == ["NO", "NO", "yes"]
+    assert verdicts(rise=3, drop=1)[:3] == ["not measured", "not measured", "yes"]
+    assert verdicts(rise=3, drop=len(models) + 1)[6:] == ["not measured"] * 4 + ["yes"]
+    assert verdicts(error=lambda beta: math.nan, rise=math.nan, accuracy=math.nan) == ["NO"] * 11
+FIG3 = dict(n=60, test=50, batch=20, widths=(1 / 96, 1 / 32), width_steps=6, beta_width=1 / 32, beta_steps=6,
+            betas=(0.01, 1.0, 100.0))
+
+
+@pytest.mark.parametrize("width, count", [(1 / 4, 102_610), (1 / 2, 406_810), (1, 1_620_010), (2, 6_465_610),
+                                          (3, 14_536_810)])
+def test_all_cnn_has_the_parameter_counts_of_the_paper(width, count):
+    import fig3_width_beta as figure
+    with torch.device("meta"):
+        model = figure.all_cnn(width)
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert count in figure.PAPER_WIDTH
+
+
+def test_all_cnn_is_one_net_with_plain_and_with_stochastic_weights():
+    import fig3_width_beta as figure
+    shapes = []
+    plain = figure.all_cnn(1 / 16)
+    stochastic = figure.all_cnn(1 / 16, noise="gaussian")
+    assert not stochastic.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    for layer in plain:
+        layer.register_forward_hook(lambda layer, inputs, output: shapes.append(tuple(output.shape)))
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(plain.eval()(x), stochastic.eval()(x))
+    assert [s[2] for s in shapes if len(s) == 4][::3] == [32, 32, 16, 16, 16, 8, 8, 8, 8]
+    layers = [m for m in stochastic if isinstance(m, nn.Conv2d)]
+    assert len(layers) == 9 and all(type(m) is StochasticConv2d and not m.local for m in layers)
+
+
+def test_fig3_runs_and_its_rows_keep_the_contract(tmp_path):
+    import fig3_width_beta as figure
+    result = run_tiny("fig3_width_beta", FIG3, tmp_path, "--seeds", "0", "1")
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "fig3_width_beta-demo.jsonl").read_text().splitlines()]
+    assert [(r["seed"], r["panel"]) for r in rows] == [(s, p) for s in (0, 1) for p in ["beta"] * 3 + ["width"] * 2]
+    for r in rows:
+        assert r["params"] == sum(p.numel() for p in figure.all_cnn(r["width"]).parameters()) and r["n"] == 60
+        assert all(0 <= r[key] <= 1 for key in ("train_acc", "train_acc_mean", "test_acc", "test_acc_sampled"))
+        if r["panel"] == "beta":
+            assert r["objective"] == pytest.approx(r["cross_entropy"] + r["beta"] * r["information"] / 60, rel=1e-5)
+        else:
+            assert r["information"] is None and "beta" not in r
+    for ending in ("png", "pdf"):
+        assert (tmp_path / f"fig3_width_beta-demo.{ending}").stat().st_size > 10_000
+    again = run_tiny("fig3_width_beta", FIG3, tmp_path, "--seeds", "0", "1", "--plot-only")
+    assert again.returncode == 0 and again.stdout.endswith(result.stdout[result.stdout.index("| claim |"):])
+
+
+def test_fig3_draws_whatever_rows_there_are(tmp_path):
+    for shard, panel in (("1/5", "beta"), ("4/5", "width")):
+        result = run_tiny("fig3_width_beta", FIG3, tmp_path / shard[0], "--shard", shard)
+        assert result.returncode == 0 and result.stdout.count("not measured") == 4, result.stderr
+        path, = (tmp_path / shard[0]).glob("*.jsonl")
+        assert [json.loads(line)["panel"] for line in path.read_text().splitlines()] == [panel]
+
+
+def test_fig3_claims_can_hold_and_fail_and_stay_undecided():
+    import types
+
+    import fig3_width_beta as figure
+    s, args = figure.SETTINGS["cpu"], types.SimpleNamespace(scale="cpu")
+
+    def verdicts(widths, betas, noise=0.0, drop=0):
+        """From errors in % at the widths and the betas; noise: added to both ends for seed 0; drop: cells left out."""
+        cells = list(zip(sum(figure.make_cells(s), []), widths[::-1] + betas))
+        rows = []
+        for seed, (cell, error) in itertools.product((0, 1), cells[drop:]):
+            error += noise * (seed == 0 and cell.get("beta") in ends)
+            rows.append(dict(cell, status="ok", seed=seed, test_acc=1 - error / 100))
+        return [row[3] for row in figure.claims(rows, args)]
+
+    ends = s["betas"][0], s["betas"][-1]
+    u, plateau = [46, 45, 44, 41, 41.5, 43, 50, 60, 90], [50, 42, 41, 42]
+    assert verdicts(plateau, u) == ["yes"] * 4
+    assert verdicts([50, 41, 42, 43], u)[0] == "NO"  # a U against width
+    assert verdicts([50, 46, 43, 41], u)[0] == "yes"  # the widest is the best
+    assert verdicts(plateau, [41.3, *u[1:]]) == ["yes", "NO", "yes", "yes"]  # by 0.3 points only
+    assert verdicts(plateau, [*u[:8], 42.5]) == ["yes", "yes", "NO", "yes"]
+    assert verdicts(plateau, sorted(u)) == ["yes", "NO", "yes", "NO"]  # no U: the least penalty is the best
+    assert verdicts(plateau, sorted(u)[::-1]) == ["yes", "yes", "NO", "NO"]
+    assert verdicts(plateau, [42, *u[1:8], 44], noise=40)[1:3] == ["NO", "NO"]  # within the spread of the seeds
+    assert verdicts([math.nan] * 4, [math.nan] * 9) == ["NO"] * 4
+    assert verdicts(plateau, u, drop=1) == ["not measured", "yes", "yes", "yes"]
+    assert verdicts(plateau, u, drop=5) == ["not measured"] * 4
 
 
 def test_claim_needs_finite_numbers_and_all_of_them():
