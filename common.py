@@ -609,13 +609,13 @@ def channel_statistics(images):
 def load_objects(dataset, data_dir, n_train, n_test):
     """Pictures of ten kinds: (x_train, y_train, x_test, y_test, mean, std), read once a process.
 
-    dataset: "cifar10", all of it, or "synthetic", that many synthetic_objects. mean and std: channel_statistics of
-    x_train.
+    dataset: "cifar10" or "mnist", all of it, or "synthetic", that many synthetic_objects. mean and std:
+    channel_statistics of x_train.
     """
     if dataset == "synthetic":
         data = *synthetic_objects(n_train, seed=0), *synthetic_objects(n_test, seed=1)
     else:
-        data = load_cifar10(data_dir)
+        data = (load_mnist if dataset == "mnist" else load_cifar10)(data_dir)
     return *data, *channel_statistics(data[0])
 
 
