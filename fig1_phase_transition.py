@@ -3,6 +3,7 @@
     python fig1_phase_transition.py --scale demo     # synthetic images, 1.5 minutes on 2 cores
     python fig1_phase_transition.py --scale cpu      # CIFAR-10, 1/4 width, about 2 hours on 2 cores
     python fig1_phase_transition.py --gpu 0          # CIFAR-10, the paper's network and N up to 50,000
+    python fig1_phase_transition.py --scale cpu --certificates --seeds 0    # PAC-Bayes bounds, XX minutes; also mnist
 
 A Small AlexNet is trained on N images with L = cross-entropy + beta/N * I(w;D), for a grid of N and beta, with random
 and with real labels. Expected (paper, Fig. 1): on random labels train accuracy falls from 100% to 10% around beta = 1,
@@ -17,6 +18,8 @@ of beta, and a net tends to leave the worse one, if slowly near the edge. Two mo
   start = "chance":    begin at the largest beta, then lower it rung by rung until something is learned.
 Accuracy and cross-entropy are those of sampled weights on the train set, unless the name says mean.
 """
+import copy
+import itertools
 import math
 
 import matplotlib.pyplot as plt
@@ -27,29 +30,30 @@ from matplotlib.tri import Triangulation
 
 from common import (StochasticConv2d, StochasticLinear, accuracy, calibrated, claim, complete_seeds, corrupt_labels,
                     crossing, draw_subset, ib_loss, label_information, load_objects, minibatches, new_figure,
-                    parse_args, per_seed, plot_points, predict, print_claims, run_grid, save_figure, summarise,
-                    weight_information)
+                    pac_bayes_bound, parse_args, per_seed, plot_points, predict, print_claims, prior_divergence,
+                    run_grid, sample_weights, save_figure, summarise, weight_information)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings. `hysteresis` lists the N whose two ends are measured, `ladder` the beta they step over with `rung` steps at
-# each; the way down from chance goes on through those `below`.
+# each; the way down from chance goes on through those `below`. --certificates: N, steps for the prior and for the rest.
 # ----------------------------------------------------------------------------------------------------------------------
 SETTINGS = {
     "demo": dict(width=1 / 8, sizes=(100, 300), betas=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), steps=300, batch=100,
                  hysteresis=(100,), ladder=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2), below=(0.003, 0.001),
-                 rung=80, test=1000),
+                 rung=80, test=1000, certificates=(300, 100, 100)),
     "cpu": dict(width=1 / 4, sizes=(100, 300, 1000, 3000), betas=(0.03, 0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.2, 3.0),
                 steps=1500, batch=100, hysteresis=(300, 1000),
                 ladder=(0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.3),
-                below=(0.01, 0.003, 0.001), rung=300, test=5000),
+                below=(0.01, 0.003, 0.001), rung=300, test=5000, certificates=(50_000, 3000, 2500)),
     "paper": dict(width=1, sizes=(100, 300, 1000, 3000, 10_000, 30_000, 50_000),
                   betas=(0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.2, 3.0, 10.0), steps=6000, batch=500,
                   hysteresis=(1000, 10_000),
                   ladder=(0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.3),
-                  below=(0.01, 0.003, 0.001), rung=2000, test=10_000),
+                  below=(0.01, 0.003, 0.001), rung=2000, test=10_000, certificates=(50_000, 10_000, 10_000)),
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
-DATASETS = {"demo": ["synthetic"], "cpu": ["cifar10", "synthetic"], "paper": ["cifar10", "synthetic"]}
+DATASETS = {"demo": ["synthetic"], "cpu": ["cifar10", "mnist", "synthetic"],
+            "paper": ["cifar10", "mnist", "synthetic"]}
 STARTS = ("memorised", "chance")  # the two ends that a ladder of beta is climbed from
 LR, LR_NOISE = 3e-3, 0.04  # Adam's learning rates of the means and of log sigma^2
 
@@ -73,16 +77,17 @@ def make_cell_data(cell, test, device, args):
     if cell["labels"] == "random":
         y = corrupt_labels(y, 1.0, 10, generator)
     x_test, y_test = draw_subset(x_test, y_test, test, generator)
-    x, x_test = (((v[:, :, 2:30, 2:30].float() - mean) / std).contiguous(memory_format=torch.channels_last)
+    edge = (x.shape[-1] - 28) // 2
+    x, x_test = (((v[:, :, edge:edge + 28, edge:edge + 28].float() - mean) / std).contiguous(memory_format=torch.channels_last)
                  for v in (x, x_test))
     return [t.to(device) for t in (x, y, x_test, y_test)]
 
 
-def small_alexnet(width=1.0, **noise):
+def small_alexnet(width=1.0, channels=3, **noise):
     """The paper's Small AlexNet; noise: options of its layers. Pooling and ReLU commute: pooled first is cheaper."""
     conv, fc1, fc2 = int(64 * width), int(384 * width), int(192 * width)
     return nn.Sequential(
-        StochasticConv2d(3, conv, 5, padding=2, **noise), nn.MaxPool2d(2), nn.ReLU(),
+        StochasticConv2d(channels, conv, 5, padding=2, **noise), nn.MaxPool2d(2), nn.ReLU(),
         StochasticConv2d(conv, conv, 5, padding=2, **noise), nn.BatchNorm2d(conv), nn.MaxPool2d(2), nn.ReLU(),
         nn.Flatten(),
         StochasticLinear(conv * 49, fc1, **noise), nn.BatchNorm1d(fc1), nn.ReLU(),
@@ -101,7 +106,7 @@ def train_cell(cell, device, args, progress):
     n = cell["n"]
     x, y, x_test, y_test = make_cell_data(cell, s["test"], device, args)
     noise = {"noise": "lognormal", "max_log_alpha": cell["cap"]} if "cap" in cell else {}
-    model = small_alexnet(s["width"], **noise).to(device)
+    model = small_alexnet(s["width"], x.shape[1], **noise).to(device)
     variances = [p for name, p in model.named_parameters() if name.endswith("log_sigma2")]
     others = [p for name, p in model.named_parameters() if not name.endswith("log_sigma2")]
     optimizer = torch.optim.Adam([{"params": others, "lr": LR}, {"params": variances, "lr": LR_NOISE}], fused=True)
@@ -156,12 +161,69 @@ def measure(model, beta, x, y, x_test, y_test):
             "label_information": label_information(logits, labels).item()}
 
 
+def certify_cell(cell, device, args, progress):
+    """Train the weights for the PAC-Bayes bound itself (eq. 7), and measure the two sides of it.
+
+    The prior is centred on the net at its start, or trained without noise on the share cell["seen"] of the samples, which
+    the bound then does without. Biases and batch normalisation stay as in the prior: all that is learned is charged.
+    """
+    s = SETTINGS[args.scale]
+    torch.manual_seed(cell["seed"])
+    x, y, x_test, y_test = make_cell_data(cell, s["test"], device, args)
+    model = small_alexnet(s["width"], x.shape[1]).to(device)
+    layers = [m for m in model.modules() if isinstance(m, (StochasticConv2d, StochasticLinear))]
+    _, prior_steps, steps = s["certificates"]
+    seen = round(cell["seen"] * cell["n"])
+
+    def train(groups, x, y, steps, price):
+        optimizer = torch.optim.Adam([{"params": p} for p in groups], fused=True)
+        batches = minibatches(len(x), s["batch"], device)
+        for step in range(steps):
+            t = step / steps
+            for group, lr in zip(optimizer.param_groups, (LR, LR_NOISE)):
+                group["lr"] = lr * (min(1, t / 0.1 + 0.001) if t < 0.6 else 0.5 + 0.5 * math.cos(math.pi * (t / 0.4 - 1.5)))
+            index = next(batches)
+            loss = nn.functional.cross_entropy(model(x[index]), y[index]) + price(min(1, t / 0.4))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % 100 == 0 or step == steps - 1:
+                progress(step, steps, loss.item())
+
+    if seen:
+        with sample_weights(model, draw=False):
+            train([[p for name, p in model.named_parameters() if not name.endswith("log_sigma2")]], x[:seen], y[:seen],
+                  prior_steps, lambda ramp: 0)
+    for layer in layers:
+        layer.log_sigma2.data.fill_(layer.weight.square().mean().log() - 6)
+    prior, x, y = copy.deepcopy(model.eval().state_dict()), x[seen:], y[seen:]
+    with sample_weights(model):
+        train([[m.weight for m in layers], [m.log_sigma2 for m in layers]], x, y, steps,
+              lambda ramp: cell["beta"] * ramp / len(x) * prior_divergence(model, prior))
+        result = {"divergence": prior_divergence(model, prior).item(), "bound_n": len(x)}
+        draws = [clipped_losses(model, x[i], y[i]) for i in torch.randint(len(x), (2000, 100), device=device)]
+        test = torch.stack([clipped_losses(model, *pair) for pair in zip(x_test.split(100), y_test.split(100))])
+    mean, std = (f(torch.stack(draws), 0).tolist() for f in (torch.mean, torch.std))
+    for i, loss in enumerate(MAX_LOSS):
+        result |= {loss: mean[i], f"{loss}_std": std[i], f"test_{loss}": test.mean(0)[i].item()}
+    return result | {"draws": len(draws), "test_acc": accuracy(predict(model, x_test), y_test)}
+
+
+@torch.no_grad()
+def clipped_losses(model, x, y):
+    """Mean of each loss in MAX_LOSS over a batch: (2,)."""
+    logits = model(x)
+    cross_entropy = nn.functional.cross_entropy(logits, y, reduction="none").clamp(max=LOG10)
+    return torch.stack([cross_entropy.mean(), (logits.argmax(1) != y).float().mean()])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What the rows say
 # ----------------------------------------------------------------------------------------------------------------------
 # The paper's Fig. 1, digitised: beta at which train accuracy on random labels falls through 55%, for each N
 PAPER_CROSSING = {100: 1.3, 300: 0.49, 1000: 0.63, 3000: 0.74, 10_000: 0.60, 30_000: 0.33, 48_000: 0.29}
 LOG10 = math.log(10)  # nats in a random label, and the loss of a net that knows nothing
+MAX_LOSS = {"cross_entropy": LOG10, "error": 1.0}  # what PAC-Bayes bounds: of each sample at most this
 
 
 def transition(rows):
@@ -346,10 +408,14 @@ def plot_map(ax, rows, labels, key):
 # ----------------------------------------------------------------------------------------------------------------------
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS, {"--caps": dict(type=finite, nargs="+", metavar="C", help=(
-        "instead of the figure: one N with log-normal noise, its log alpha capped at each of these values"))})
+        "instead of the figure: one N with log-normal noise, its log alpha capped at each of these values")),
+        "--certificates": dict(action="store_true", help=(
+            "instead of the figure: nets trained for a PAC-Bayes bound, and what it guarantees"))})
     s = SETTINGS[args.scale]
     if args.caps:
         return compare_caps(args, s)
+    if args.certificates:
+        return certify(args, s)
     random, real = ([{"labels": labels, "n": n, "beta": beta, "start": "anneal"}
                      for n in s["sizes"][::-1] for beta in s["betas"]] for labels in ("random", "real"))
     ladders = [{"labels": "random", "n": n, "beta": list(betas), "start": start} for n in s["hysteresis"]
@@ -378,6 +444,36 @@ def compare_caps(args, s):
         accuracy, information = (summarise(rows, "beta", key, cap=cap) for key in ("train_acc", "information"))
         print(f"{cap:g} | " + "; ".join(f"{p[0]:g}: {p[1]:.2f} at {i[1] / s['sizes'][1]:.2f}"
                                         for p, i in zip(accuracy, information)))
+
+
+def certificate(row, loss, count):
+    """Eq. 7 for a row, in nats or as a fraction: all of count certificates hold at once, with 95%.
+
+    A fifth of the 5% is for the mean over draws of weights and samples (empirical Bernstein, Maurer & Pontil 2009).
+    """
+    largest, draws, delta = MAX_LOSS[loss], row["draws"], 0.05 / count
+    log_term = math.log(10 / delta)
+    upper = row[loss] + row[f"{loss}_std"] * math.sqrt(2 * log_term / draws) + 7 * largest * log_term / (3 * (draws - 1))
+    return pac_bayes_bound(min(upper, largest), row["divergence"], row["bound_n"], max_loss=largest, delta=0.8 * delta)
+
+
+def certify(args, s):
+    """Train nets for the PAC-Bayes bound and print what it guarantees of them; rows go to their own file."""
+    args.figure += "-certificates"
+    cells = [{"labels": "real", "n": s["certificates"][0], "seen": seen, "beta": beta}
+             for seen, beta in ((0, 3.0), (0, 10.0), (0.5, 3.0))]
+    rows = [r for r in run_grid(cells, certify_cell, args, load_data) if r["status"] == "ok"]
+    table = []
+    for cell, loss in itertools.product(cells, MAX_LOSS):
+        some = [r for r in rows if all(r[key] == value for key, value in cell.items())]
+        values = {"on its samples": [r[loss] for r in some], "certificate": [
+            certificate(r, loss, len(rows) * len(MAX_LOSS)) for r in some], "test": [r[f"test_{loss}"] for r in some]}
+        chance = LOG10 if loss == "cross_entropy" else 0.9
+        prior = f"trained on {cell['seen']:.0%} of N" if cell["seen"] else "as initialised"
+        table.append(claim(f"{loss}, prior {prior}, β = {cell['beta']:g}: certificate over the test's, below chance",
+                           "not shown", values, lambda v: (v.reshape(3, -1)[2] <= v.reshape(3, -1)[1]).all()
+                           and v.reshape(3, -1)[1].max() < chance))
+    print_claims(table)
 
 
 if __name__ == "__main__":

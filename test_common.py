@@ -21,9 +21,10 @@ import torchvision
 
 import common
 from common import (DataError, StochasticConv2d, StochasticLinear, add_clutter, alpha_from_information, calibrated,
-                    channel_statistics, corrupt_labels, draw_subset, g, ib_loss, label_information, load_celeba,
-                    load_cifar10, load_mnist, minibatches, sample_weights, synthetic_digits, synthetic_faces, synthetic_objects, to_stochastic,
-                    total_correlation, weight_information)
+                    channel_statistics, corrupt_labels, draw_subset, flat_minimum_bound, g, hessian_trace, ib_loss,
+                    label_information, layer_information, layer_information_bound, load_celeba, load_cifar10,
+                    load_mnist, minibatches, pac_bayes_bound, prior_divergence, sample_weights, synthetic_digits,
+                    synthetic_faces, synthetic_objects, to_stochastic, total_correlation, weight_information)
 
 HERE = Path(__file__).resolve().parent
 NOISES = list(itertools.product(("gaussian", "lognormal"), (True, False)))
@@ -111,21 +112,64 @@ def test_gaussian_information_is_the_formula_of_molchanov_with_its_gradient():
                                                                torch.randn(5, dtype=torch.double, requires_grad=True)))
 
 
-@pytest.mark.parametrize("log_alpha", [-8.0, -3.0, -1.0, 0.0, 1.0, 3.0])
-def test_gaussian_information_is_the_divergence_from_the_log_uniform_prior(log_alpha):
-    # KL = E log|eps| - log(alpha)/2 + c with c such that KL -> 0 for alpha -> infinity, by Monte Carlo, in nats
-    normal = torch.randn(2_000_000, dtype=torch.double)
-    log_eps = torch.log((1 + math.exp(log_alpha / 2) * normal).abs()).mean() - torch.log(normal.abs()).mean()
-    layer = StochasticLinear(50, 40, log_alpha=log_alpha)
-    assert layer.information().item() / 2000 == pytest.approx(log_eps.item() - log_alpha / 2, abs=0.015)
+def gaussian_divergence(log_alpha):
+    """KL of N(w, alpha w^2) from the log-uniform prior, 0 at alpha = infinity: E log|eps| - log(alpha)/2 + const."""
+    step = 5e-5
+    normal = torch.arange(-10, 10, step, dtype=torch.double) + step / 2
+    density = torch.exp(-normal**2 / 2) * step / math.sqrt(2 * math.pi)
+    mean = [(density * torch.log((1 + math.exp(a / 2) * normal).abs())).sum() for a in log_alpha.tolist()]
+    return torch.stack(mean) - log_alpha / 2 + (np.euler_gamma + math.log(2)) / 2
 
 
-def test_lognormal_information_is_the_divergence_in_log_space():
-    # against a log-uniform prior only the entropy of log w matters: its difference between two alphas
-    entropy = [torch.distributions.Normal(0.0, math.exp(log_alpha / 2)).entropy() for log_alpha in (-4.0, 0.5)]
-    layers = [StochasticLinear(10, 5, noise="lognormal", log_alpha=log_alpha) for log_alpha in (-4.0, 0.5)]
-    difference = layers[0].information() - layers[1].information()
-    assert difference.item() == pytest.approx(50 * (entropy[1] - entropy[0]).item(), rel=1e-5)
+def test_gaussian_information_is_the_divergence_to_0_0095_nats_and_nearly_the_capacity():
+    log_alpha = torch.arange(-10, 10.01, 0.5, dtype=torch.double)
+    exact, capacity = gaussian_divergence(log_alpha), 0.5 * torch.log1p(torch.exp(-log_alpha))
+    approximate = torch.stack([naive_kl(torch.ones(1), a) for a in log_alpha])
+    assert 0.0090 < (approximate - exact).abs().max() < 0.0095
+    layer = StochasticLinear(50, 40)
+    for a, value in zip(log_alpha.tolist(), approximate):
+        layer.log_alpha = a
+        assert layer.information().item() / 2000 == pytest.approx(value.item(), abs=1e-4)
+    above = exact - capacity
+    assert above.min() > -1e-4 and above.max() < 0.636 and above[0] > 0.635 and (above[log_alpha == 4] < 1e-3).all()
+
+
+@pytest.mark.parametrize("mean", [-3.0, 0.01, 20.0])
+def test_proposition_4_1_is_the_divergence_from_a_log_uniform_prior_whatever_the_mean(mean):
+    alpha, low, high = 0.04, -12.0, 8.0  # the prior: log|w| uniform from low to high
+    posterior = torch.distributions.LogNormal(math.log(abs(mean)) - alpha / 2, math.sqrt(alpha))  # of |w|
+    sample = posterior.sample((100_000,))
+    assert low < sample.min().log() and sample.max().log() < high
+    divergence = (posterior.log_prob(sample) + sample.log() + math.log(high - low)).mean()
+    constant = math.log(high - low) - 0.5 * math.log(2 * math.pi * math.e)
+    assert divergence.item() == pytest.approx(-0.5 * math.log(alpha) + constant, abs=0.01)
+    layer = StochasticLinear(10, 5, noise="lognormal", log_alpha=math.log(alpha), max_log_alpha=2 * constant)
+    assert layer.information().item() / 50 == pytest.approx(divergence.item(), abs=0.01)  # the cap is the constant
+
+
+def test_the_constant_of_proposition_4_1_is_the_log_of_the_range_and_truncation_ends_the_fall():
+    # a posterior that is cut off at the ends of the prior's range, in closed form
+    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.double), 1.0)
+
+    def divergence(alpha, length):
+        end = torch.tensor(length / 2 / math.sqrt(alpha), dtype=torch.double)  # in standard deviations from the middle
+        mass = normal.cdf(end) - normal.cdf(-end)
+        entropy = 0.5 * math.log(2 * math.pi * math.e * alpha) + mass.log() - end * normal.log_prob(end).exp() / mass
+        return (math.log(length) - entropy).item()
+
+    grid = torch.linspace(-5, 5, 1_000_001, dtype=torch.double)
+    for alpha in (0.1, 4.0, 100.0):  # the closed form by numerical integration
+        density = torch.exp(-grid**2 / 2 / alpha)
+        density = density / (density.mean() * 10)
+        numeric = 10 * (density * torch.log(10 * density)).mean().item()
+        assert divergence(alpha, 10.0) == pytest.approx(numeric, abs=1e-5)
+    constants = [divergence(1e-4, length) + 0.5 * math.log(1e-4) for length in (10.0, 20.0, 176.0)]
+    assert constants == pytest.approx([math.log(r) - 0.5 * math.log(2 * math.pi * math.e) for r in (10, 20, 176)])
+    assert constants[1] - constants[0] == pytest.approx(math.log(2))
+    assert 0 <= divergence(1e6, 10.0) < 1e-6 and -0.5 * math.log(1e6) + constants[0] < -6  # not truncated: falls on
+
+
+def test_lognormal_noise_at_the_cap_holds_nothing():
     at_the_cap = StochasticLinear(10, 5, noise="lognormal", log_alpha=7.0, max_log_alpha=2.0)
     assert at_the_cap.information().item() == 0
     assert torch.equal(at_the_cap.log_alpha, torch.full((5, 10), 2.0))
@@ -339,6 +383,370 @@ def test_g_is_the_capacity_of_proposition_5_2():
 def test_alpha_from_information_inverts_the_information_of_a_layer():
     layer = StochasticLinear(30, 20, noise="lognormal", log_alpha=-2.5, max_log_alpha=0.0)  # C = 0
     assert alpha_from_information(layer.information(), 600).item() == pytest.approx(math.exp(-2.5), rel=1e-5)
+
+
+def spacing_entropy(samples):
+    """Entropy of each column of samples (n, d) by Vasicek's spacings, nats: no shape of the distribution is assumed."""
+    i, m = torch.arange(len(samples)), int(len(samples) ** 0.5)
+    above, below = (i + m).clamp(max=len(i) - 1), (i - m).clamp(min=0)
+    ordered = samples.sort(0).values
+    return torch.log((ordered[above] - ordered[below]) * len(i) / (above - below)[:, None]).mean(0)
+
+
+@pytest.mark.parametrize("noise, alpha", [("lognormal", 0.2), ("gaussian", 4.0)])
+def test_proposition_5_1_is_what_sampled_units_tell_of_correlated_inputs(noise, alpha):
+    x = torch.randn(10_000, 60) @ (torch.randn(60, 60) / 8 + torch.eye(60)) + 0.3
+    weight, alpha = torch.randn(3, 60), alpha * torch.rand(3, 60)
+
+    def sample(x):  # new weights for every row of x
+        eps = torch.randn(len(x), 3, 60)
+        eps = 1 + alpha.sqrt() * eps if noise == "gaussian" else torch.exp(alpha.sqrt() * eps - alpha / 2)
+        return torch.einsum("noi,oi,ni->no", eps, weight, x)
+
+    alpha_of_eps = torch.log1p(alpha) if noise == "gaussian" else alpha
+    gaussian = 0.5 * torch.log(2 * math.pi * math.e * x**2 @ (torch.expm1(alpha_of_eps) * weight**2).T)  # h(z|x)
+    given = torch.stack([spacing_entropy(sample(row.expand(1000, -1))) for row in x[:100]])
+    given = gaussian.mean(0) + (given - gaussian[:100]).mean(0)  # 100 inputs, with the Gaussian as control variate
+    sampled = (spacing_entropy(sample(x)) - given).sum()
+    assert layer_information(weight, alpha_of_eps, x).item() == pytest.approx(sampled.item(), abs=0.1)
+
+
+def white_inputs(n, dim):
+    """Gaussian inputs (n, dim) of which mean and covariance are exactly 0 and 1."""
+    x = torch.randn(n, dim, dtype=torch.double)
+    x = x - x.mean(0)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(x.T @ x / n), x.T, upper=False).T
+
+
+@pytest.mark.parametrize("dim_x", [1, 2, 5, 20, 100])
+def test_proposition_5_2_holds_for_random_layers_and_falls_strictly_with_alpha(dim_x):
+    alphas = 10.0 ** torch.arange(-5, 2, dtype=torch.double)
+    x, weight = white_inputs(20_000, dim_x), torch.randn(4, dim_x, dtype=torch.double)
+    information = torch.stack([layer_information(weight, alpha, x) for alpha in alphas])
+    bound = torch.stack([layer_information_bound(4, alpha) for alpha in alphas])
+    excess = information / 4 - g(alphas)
+    assert (excess > -1e-9).all() and (information < bound).all() and torch.equal(bound, 4 * g(alphas) + 4)
+    assert excess.max() < min(0.65, 2 / dim_x)  # c = O(1/dim x): at most the 0.635 of a single input
+    assert (information.diff() < 0).all() and (bound.diff() < 0).all()
+
+
+def test_corollary_5_3_bounds_what_the_last_layer_tells_of_the_input_by_the_narrowest():
+    widths, alphas = (30, 1, 8, 1), (0.3, 0.001, 0.001)
+    weights = [torch.randn(m, n) / n**0.5 for n, m in zip(widths, widths[1:])]
+
+    def sample(z):
+        for weight, alpha in zip(weights, alphas):
+            eps = torch.exp(alpha**0.5 * torch.randn(len(z), *weight.shape) - alpha / 2)
+            z = torch.einsum("noi,oi,ni->no", eps, weight, z)
+        return z
+
+    x = torch.randn(5000, 30)
+    given = torch.stack([spacing_entropy(sample(row.expand(500, -1))) for row in x[:100]]).mean()
+    held = spacing_entropy(sample(x)) - given  # I(z3;x)
+    assert 0.2 < held < layer_information(weights[0], 0.3, x) + 0.1  # data processing, within the error of held
+    bounds = [layer_information_bound(width, alpha) for width, alpha in zip(widths[1:], alphas)]
+    assert held < min(bounds) == bounds[0] and layer_information(weights[2], 0.001, torch.randn(1000, 8)) > min(bounds)
+
+
+def test_proposition_5_2_needs_twice_the_information_that_is_printed():
+    alpha = math.exp(-6)
+    layer = StochasticLinear(50, 30, noise="lognormal", log_alpha=-6.0, max_log_alpha=0.0)  # C = 0
+    held = layer_information(layer.weight.detach().double(), alpha, white_inputs(5000, 50)) / 30
+    information = layer.information().item()
+    printed, corrected = math.exp(-information / 1500), alpha_from_information(information, 1500)
+    assert g(corrected) <= held <= g(corrected) + 1
+    assert held > g(printed) + 1
+
+
+def test_proposition_5_2_asks_for_centred_and_uncorrelated_inputs():
+    weight, x = torch.rand(3, 100), torch.randn(2000, 1)
+    assert layer_information(weight, 0.1, x.expand(-1, 100)) > layer_information_bound(3, 0.1)  # inputs all alike
+    assert layer_information(torch.randn(3, 100), 0.1, torch.randn(2000, 100) + 9) < 3 * g(0.1)  # far off centre
+    assert layer_information(weight, 0.1, F.pad(x.expand(-1, 100), (0, 0, 0, 1))) == math.inf  # one x = 0: no noise
+    mixed = torch.rand(3, 100)  # the alpha of a unit whose weights differ in theirs
+    unit = torch.log1p((torch.expm1(mixed) * weight**2).sum(1) / (weight**2).sum(1))
+    x = white_inputs(5000, 100).float()
+    assert 3 * g(unit).mean() <= layer_information(weight, mixed, x) <= layer_information_bound(3, unit)
+
+
+def test_noise_of_one_variance_has_one_capacity():
+    a = torch.tensor([0.01, 1.0, 30.0], dtype=torch.double)
+    assert torch.allclose(g(torch.log1p(a)), 0.5 * torch.log1p(1 / a))  # that of a Gaussian channel
+
+
+def random_hessian(k):
+    root = torch.randn(k, k, dtype=torch.double)
+    return root @ root.T
+
+
+def optimal_information(weight, hessian, beta):
+    """-1/2 * sum of log alpha at the minimum over alpha of Taylor's cross-entropy - beta/2 * sum of log alpha."""
+    alpha = (beta / (weight**2 * hessian.diagonal())).requires_grad_()
+    lagrangian = 0.5 * (alpha * weight**2 * hessian.diagonal()).sum() - 0.5 * beta * alpha.log().sum()
+    gradient, = torch.autograd.grad(lagrangian, alpha)
+    assert torch.allclose(alpha * gradient, torch.zeros_like(alpha), atol=1e-9)  # convex in log alpha: the minimum
+    return -0.5 * alpha.detach().log().sum()
+
+
+def printed_flat_minimum_bound(weight, trace, beta):
+    k = len(weight)
+    return 0.5 * k * (torch.log((weight**2).sum()) + torch.log(trace) - k * math.log(k**2 * beta / 2))
+
+
+@pytest.mark.parametrize("k", [2, 5, 40])
+@pytest.mark.parametrize("taylor", [1.0, 0.5])  # beta/2 for beta: as in the paper, without Taylor's 1/2
+def test_proposition_4_3_holds_as_in_its_proof_and_fails_as_printed(k, taylor):
+    for beta in (0.6, 1.0, 10.0):
+        weight, hessian = torch.randn(k, dtype=torch.double), random_hessian(k)
+        information = optimal_information(weight, hessian, taylor * beta)
+        assert information <= flat_minimum_bound(weight, hessian.trace(), taylor * beta)
+        assert k == 2 or information > printed_flat_minimum_bound(weight, hessian.trace(), beta)
+    ones, alike = torch.ones(k, dtype=torch.double), 7 * torch.eye(k, dtype=torch.double)
+    information = optimal_information(ones, alike, taylor)
+    assert information.item() == pytest.approx(flat_minimum_bound(ones, alike.trace(), taylor).item())  # no slack
+    assert information > printed_flat_minimum_bound(ones, alike.trace(), 1.0)
+
+
+def test_second_order_cross_entropy_under_noise_is_that_of_proposition_4_3():
+    weight, hessian, alpha = torch.randn(6), random_hessian(6).float(), 0.3 * torch.rand(6)
+    step = weight * alpha.sqrt() * torch.randn(400_000, 6)
+    sampled = 0.5 * torch.einsum("ni,ij,nj->n", step, hessian, step).mean()
+    assert sampled.item() == pytest.approx((0.5 * alpha * weight**2 * hessian.diagonal()).sum().item(), rel=0.02)
+
+
+def test_flat_minimum_bound_holds_on_a_trained_network_with_hutchinsons_trace():
+    x = torch.randn(300, 4, dtype=torch.double)
+    flat = torch.randn(4 * 3 + 3 * 2, dtype=torch.double).requires_grad_()
+
+    def logits(flat):
+        return torch.tanh(x @ flat[:12].view(4, 3)) @ flat[12:].view(3, 2)
+
+    def cross_entropy(flat):
+        return F.cross_entropy(logits(flat), y, reduction="sum")
+
+    y = torch.distributions.Categorical(logits=logits(flat)).sample()  # of a net like it: the minimum is finite
+    optimizer = torch.optim.Adam([flat], lr=0.03)
+    for _ in range(500):
+        optimizer.zero_grad()
+        cross_entropy(flat).backward()
+        optimizer.step()
+    hessian = torch.autograd.functional.hessian(cross_entropy, flat.detach())
+    assert torch.linalg.eigvalsh(hessian).min() > -1e-6 * hessian.trace()  # a minimum
+    trace, error = hessian_trace(cross_entropy(flat), [flat], probes=200)
+    assert abs(trace - hessian.trace().item()) < 4 * error and error < 0.1 * trace
+    weight = flat.detach()
+    for beta in (0.1, 1.0):
+        information = optimal_information(weight, hessian, beta)
+        assert information <= flat_minimum_bound(weight, trace, beta) <= information + 2.5 * len(weight)
+        assert information > printed_flat_minimum_bound(weight, hessian.trace(), beta)
+
+
+def entropy(joint, names, of):
+    """H of the variables `of`, letters out of names, one for each axis of the joint distribution; nats."""
+    return torch.special.entr(torch.einsum(f"{names}->{of}", joint)).sum().item()
+
+
+def mutual(joint, names, a, b, given=""):
+    """I(a;b|given), exact; nats."""
+    both = "".join(dict.fromkeys(a + b + given))
+    return (entropy(joint, names, a + given) + entropy(joint, names, b + given) - entropy(joint, names, both)
+            - entropy(joint, names, given))
+
+
+def channel(*shape):
+    """A random conditional distribution of the last index given the others; some of it rather sharp."""
+    return torch.softmax(3 * torch.randn(*shape, dtype=torch.double), -1)
+
+
+def toy_world(priors, inputs, temperature):
+    """p(t,x,y,w) of a task t drawn by priors, two inputs x, binary labels y of each and learned weights w; q(y|x,w).
+
+    Every axis holds all values of a data set: x two binary inputs (inputs: a distribution over the four), y two labels.
+    The last task is labels at random. w, one of five, is a sample of the Bayesian posterior at this temperature.
+    """
+    task = torch.tensor([[0.9, 0.2], [0.3, 0.6], [0.5, 0.5]], dtype=torch.double)  # p(y=1|x,t)
+    net = torch.tensor([[0.95, 0.05], [0.05, 0.95], [0.9, 0.9], [0.1, 0.1], [0.5, 0.5]], dtype=torch.double)
+    bits = torch.tensor(list(itertools.product((0, 1), repeat=2)))
+
+    def likelihood(p):  # of both labels given both inputs: (tasks or weights, x, y)
+        ones = p[:, bits][:, :, None]
+        return torch.where(bits[None, None].bool(), ones, 1 - ones).prod(-1)
+
+    q = likelihood(net)
+    learned = torch.softmax(q.log() / temperature, 0)  # p(w|x,y)
+    data = torch.tensor(priors, dtype=torch.double)[:, None, None] * inputs[None, :, None] * likelihood(task)
+    return torch.einsum("txy,wxy->txyw", data, learned), q
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
+def test_the_four_terms_of_the_decomposition_add_up_to_the_cross_entropy(temperature):
+    joint, q = toy_world((0.5, 0.3, 0.2), channel(4), temperature)
+    cross_entropy = -(joint.sum(0) * torch.einsum("wxy->xyw", q).log()).sum().item()
+    intrinsic = entropy(joint, "txyw", "txy") - entropy(joint, "txyw", "tx")  # H(y|x,t)
+    sufficiency = mutual(joint, "txyw", "t", "y", "xw")
+    posterior = joint.sum(0) / joint.sum((0, 2))[:, None]  # p(y|x,w)
+    efficiency = (joint.sum(0) * (posterior / torch.einsum("wxy->xyw", q)).log()).sum().item()
+    overfitting = mutual(joint, "txyw", "y", "w", "tx")
+    assert cross_entropy == pytest.approx(intrinsic + sufficiency + efficiency - overfitting, abs=1e-9)
+    assert min(intrinsic, sufficiency, efficiency, overfitting) > 1e-3
+    held = mutual(joint, "txyw", "xy", "w")
+    assert overfitting <= held <= mutual(joint, "txyw", "xyt", "w") + 1e-9
+
+
+def test_random_labels_overfit_by_the_information_in_the_weights_and_no_more_pays_from_beta_1_on():
+    worlds = [toy_world((0, 0, 1), torch.tensor([0, 1, 0, 0], dtype=torch.double), t) for t in (0.02, 0.3, 1, 3, 30)]
+    gain = []
+    for joint, q in worlds:  # the inputs are given: 0 and 1
+        overfitting, held = mutual(joint, "txyw", "y", "w", "tx"), mutual(joint, "txyw", "xy", "w")
+        assert overfitting == pytest.approx(mutual(joint, "txyw", "y", "w")) == pytest.approx(held)
+        cross_entropy = -(joint.sum(0) * torch.einsum("wxy->xyw", q).log()).sum().item()
+        assert cross_entropy >= 2 * math.log(2) - held - 1e-9  # two labels at random, less what was memorised
+        gain.append([2 * math.log(2) - cross_entropy - beta * held for beta in (0.5, 1.0, 2.0)])
+    assert max(g[0] for g in gain) > 0.1 and max(g[1] for g in gain) <= 1e-9 and max(g[2] for g in gain) < 0
+    joint, _ = toy_world((0, 0, 1), channel(4), 1.0)  # with inputs at random the weights know which label goes where
+    overfitting, alone = mutual(joint, "txyw", "y", "w", "tx"), mutual(joint, "txyw", "y", "w")
+    assert alone + 1e-3 < overfitting == pytest.approx(alone + mutual(joint, "txyw", "x", "y", "w"))
+    assert overfitting <= mutual(joint, "txyw", "xy", "w")
+
+
+def markov_chain(y_given_x):
+    """p(y,n,x,z,v) of y and a nuisance n that make x, and representations z of x and v of z, v a coarser z.
+
+    y_given_x: (x, y), x uniform. n is what is left of x when y is known: independent of y, x = f(y,n) (Sec. 3).
+    """
+    size, classes = y_given_x.shape
+    joint = y_given_x / size
+    cumulative = (joint / joint.sum(0)).cumsum(0)  # P(x' <= x|y): n is the place on it
+    edges = torch.cat([torch.zeros(1), cumulative.flatten()]).unique()
+    edges = edges[torch.cat([edges.diff() > 1e-12, torch.tensor([True])])]
+    middle = (edges[1:] + edges[:-1]) / 2
+    x = torch.stack([torch.searchsorted(cumulative[:, y].contiguous(), middle) for y in range(classes)])
+    source = joint.sum(0)[:, None] * edges.diff() / edges.diff().sum()
+    return torch.einsum("yn,ynx->ynx", source, F.one_hot(x, size).double())
+
+
+DETERMINISTIC = torch.eye(2, dtype=torch.double)[[0, 0, 0, 1, 1, 1]]
+NOISY = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.2, 0.8], [0.5, 0.5]], dtype=torch.double)
+
+
+@pytest.mark.parametrize("y_given_x", [DETERMINISTIC, NOISY])
+def test_every_task_has_a_nuisance_that_explains_the_rest_of_the_input(y_given_x):
+    joint = markov_chain(y_given_x)
+    assert torch.allclose(torch.einsum("ynx->xy", joint) * 6, y_given_x)
+    assert mutual(joint, "ynx", "y", "n") == pytest.approx(0, abs=1e-12)
+    assert entropy(joint, "ynx", "ynx") == pytest.approx(entropy(joint, "ynx", "yn"))  # x = f(y,n)
+
+
+@pytest.mark.parametrize("y_given_x", [DETERMINISTIC, NOISY])
+def test_sufficient_representations_are_invariant_as_far_as_they_are_minimal(y_given_x):
+    joint = markov_chain(y_given_x)
+    kind = (y_given_x[:, None] == y_given_x.unique(dim=0)).all(-1).double()  # the minimal sufficient statistic
+    given_y = entropy(joint, "ynx", "xy") - entropy(joint, "ynx", "x")  # H(y|x)
+    informations = []
+    for sharpness in (0.0, 0.3, 1.0, 3.0, 50.0):  # z tells the kind, and the input within it the more, the sharper
+        within = torch.softmax(sharpness * torch.eye(6, dtype=torch.double), -1)
+        world = torch.einsum("ynx,xk,xz->ynxkz", joint, kind, within).flatten(3)
+        task, total, nuisance = (mutual(world, "ynxz", a, "z") for a in "yxn")
+        assert task == pytest.approx(mutual(world, "ynxz", "x", "y"))  # sufficient
+        residual = total - task - nuisance
+        assert -1e-9 <= residual <= given_y + 1e-9  # I(z;n) <= I(z;x) - I(x;y), and equal up to H(y|x)
+        assert residual == pytest.approx(mutual(world, "ynxz", "z", "y", "n") - task, abs=1e-9)
+        informations.append((total, nuisance))
+    assert informations == sorted(informations) and [n for _, n in informations] == sorted(n for _, n in informations)
+    if not given_y:  # y is a function of x: minimal is invariant
+        assert informations[0] == pytest.approx((math.log(2), 0)) and informations[-1][1] == pytest.approx(math.log(3))
+
+
+@pytest.mark.parametrize("y_given_x", [DETERMINISTIC, NOISY])
+def test_any_representation_obeys_the_invariance_bound_and_stacking_adds_invariance(y_given_x):
+    joint = markov_chain(y_given_x)
+    for _ in range(20):
+        world = torch.einsum("ynx,xz,zv,vw->ynxzvw", joint, channel(6, 5), channel(5, 4), channel(4, 4))
+        names = "ynxzvw"
+        nuisance = [mutual(world, names, layer, "n") for layer in "xzvw"]
+        assert nuisance == sorted(nuisance, reverse=True)
+        for below, layer in zip("xzv", "zvw"):  # the bottleneck: what passes from the layer below and is not the task
+            assert mutual(world, names, layer, "n") <= (mutual(world, names, below, layer)
+                                                        - mutual(world, names, layer, "y") + 1e-9)
+
+
+def test_pac_bayes_bound_holds_over_every_training_set_of_a_toy_world():
+    # four equally likely values of a sample, 30 hypotheses, all 4^5 training sets: expectation and probability are exact
+    n, values, hypotheses, max_loss = 5, 4, 30, 2.0
+    loss = max_loss * torch.rand(hypotheses, values, dtype=torch.double).round()  # all or nothing: overfits most
+    prior = torch.softmax(torch.randn(hypotheses).double(), 0)
+    samples, times = torch.unique(torch.tensor(list(itertools.product(range(values), repeat=n))).sort(1).values, dim=0,
+                                  return_counts=True)
+    probability = times.double() / values**n
+    train, test = loss[:, samples].mean(2).T, loss.mean(1)
+    for temperature in (10.0, 1.0, 0.1, 0.01):  # the last all but picks the best on the training set
+        posterior = torch.softmax(prior.log() - train / temperature, 1)
+        divergence = torch.special.xlogy(posterior, posterior / prior).sum(1)
+        train_loss, test_loss = (posterior * train).sum(1), posterior @ test
+        for lam in (0.6, 1.0, 3.0):  # eq. 7 as printed, with the expectation over training sets on either side
+            bounds = [pac_bayes_bound(t, d, n, max_loss=max_loss, delta=1, lambdas=[lam])
+                      for t, d in zip(train_loss, divergence)]
+            assert probability @ test_loss <= probability @ torch.stack(bounds)
+        bounds = [pac_bayes_bound(t, d, n, max_loss=max_loss) for t, d in zip(train_loss, divergence)]
+        assert probability[test_loss > torch.stack(bounds)].sum() <= 0.05
+    assert probability @ train_loss < 0.5 * (probability @ test_loss)  # there is something to bound
+
+
+def test_pac_bayes_bound_is_no_better_than_inverting_the_binary_divergence():
+    def inverse(loss, budget):  # the largest p of which the coins' divergence from loss is within the budget
+        low, high = loss, 1 - 1e-12
+        for _ in range(60):
+            p = (low + high) / 2
+            divergence = sum(a * math.log(a / b) for a, b in ((loss, p), (1 - loss, 1 - p)) if a > 0)
+            low, high = (p, high) if divergence < budget else (low, p)
+        return low
+
+    for loss, divergence, n in itertools.product((0.0, 0.02, 0.3, 0.9), (0.0, 30.0, 3000.0), (300, 50_000)):
+        bound = pac_bayes_bound(loss, divergence, n, max_loss=1)
+        tight = inverse(loss, (divergence + math.log(len(common.LAMBDAS) / 0.05)) / n)
+        assert loss < tight <= bound
+        assert bound > 1 or loss > 0.5 or bound < loss + 2.3 * (tight - loss)  # twice it for no loss
+    assert pac_bayes_bound(0.2, 100, 1000) == pytest.approx(min(
+        (0.2 + lam * math.log(10) * (100 + math.log(21 / 0.05)) / 1000) / (1 - 0.5 / lam) for lam in common.LAMBDAS))
+
+
+def test_pac_bayes_bound_refuses_what_it_does_not_hold_for():
+    for arguments in (dict(loss=2.4, divergence=1.0), dict(loss=0.5, divergence=-1.0),
+                      dict(loss=0.5, divergence=1.0, lambdas=[0.5]), dict(loss=math.nan, divergence=1.0)):
+        with pytest.raises(ValueError):
+            pac_bayes_bound(n=100, **arguments)
+
+
+def test_prior_divergence_is_that_of_torch_distributions_and_refuses_what_is_not_charged():
+    model = nn.Sequential(StochasticLinear(20, 30), nn.BatchNorm1d(30), StochasticLinear(30, 4, bias=False)).double()
+    prior = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for layer, scale in ((model[0], 0.3), (model[2], 0.01)):
+            layer.weight.add_(scale * torch.randn_like(layer.weight))
+            layer.log_sigma2.copy_(math.log(scale) * 2 + torch.randn_like(layer.weight))
+    exact = 0
+    for name, layer in (("0", model[0]), ("2", model[2])):
+        q = torch.distributions.Normal(layer.weight, torch.exp(layer.log_sigma2 / 2))
+        p = torch.distributions.Normal(prior[name + ".weight"], 1.0)
+        of_s = [torch.distributions.kl_divergence(q, torch.distributions.Normal(p.loc, math.exp(k / 40))).sum()
+                for k in range(-799, 201)]  # log s^2 in steps of 1/20
+        exact = exact + min(of_s) + math.log(len(of_s))
+    divergence = prior_divergence(model, prior)
+    alone = prior_divergence(model[2], {k[2:]: v for k, v in prior.items() if k.startswith("2.")})
+    assert 0 < alone < divergence
+    assert divergence.item() == pytest.approx(exact.item(), rel=1e-9)
+    divergence.backward()
+    assert all(layer.weight.grad.abs().sum() > 0 and layer.log_sigma2.grad.abs().sum() > 0 for layer in model[::2])
+    model(torch.randn(8, 20).double())  # running statistics move
+    with pytest.raises(ValueError, match="1.running_mean, 1.running_var, 1.num_batches_tracked"):
+        prior_divergence(model, prior)
+    model.load_state_dict({k: v for k, v in prior.items() if k.startswith("1.")}, strict=False)
+    with torch.no_grad():
+        model[0].bias[3] += 1
+    with pytest.raises(ValueError, match="0.bias"):
+        prior_divergence(model, prior)
+    with pytest.raises(ValueError, match="log-normal"):
+        prior_divergence(StochasticLinear(2, 2, noise="lognormal"), {})
 
 
 def test_label_information():
@@ -753,7 +1161,10 @@ def test_sections_run_alone_under_the_import_block():
     assert len(sections) == 5
     uses = ["layer = to_stochastic(nn.Linear(3, 2)); layer(torch.ones(1, 3)); layer.information().backward()",
             "",
-            "assert g(1.0) > 0 and total_correlation(torch.randn(50, 3)) >= 0 and alpha_from_information(1.0, 2) < 1",
+            "assert g(1.0) > 0 and total_correlation(torch.randn(50, 3)) >= 0 and alpha_from_information(1.0, 2) < 1; "
+            "layer_information(torch.ones(2, 3), 0.1, torch.randn(9, 3)); layer_information_bound(2, 0.1); "
+            "w = nn.Linear(2, 1); hessian_trace(w(torch.ones(1, 2)).square().sum(), [w.weight]); "
+            "flat_minimum_bound(w.weight, 1.0, 1); pac_bayes_bound(0.1, 1.0, 100)",
             "synthetic_objects(2); synthetic_digits(2); synthetic_faces(2); "
             "add_clutter(torch.zeros(2, 1, 28, 28), torch.Generator()); corrupt_labels(torch.zeros(4).long(), 0.5, 10, "
             "torch.Generator())",
