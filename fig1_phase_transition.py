@@ -3,7 +3,7 @@
     python fig1_phase_transition.py --scale demo     # synthetic images, 1.5 minutes on 2 cores
     python fig1_phase_transition.py --scale cpu      # CIFAR-10, 1/4 width, about 2 hours on 2 cores
     python fig1_phase_transition.py --gpu 0          # CIFAR-10, the paper's network and N up to 50,000
-    python fig1_phase_transition.py --scale cpu --certificates --seeds 0    # PAC-Bayes bounds, XX minutes; also mnist
+    python fig1_phase_transition.py --scale cpu --certificates --seeds 0    # PAC-Bayes bounds, 6 minutes; also mnist
 
 A Small AlexNet is trained on N images with L = cross-entropy + beta/N * I(w;D), for a grid of N and beta, with random
 and with real labels. Expected (paper, Fig. 1): on random labels train accuracy falls from 100% to 10% around beta = 1,
@@ -77,8 +77,8 @@ def make_cell_data(cell, test, device, args):
     if cell["labels"] == "random":
         y = corrupt_labels(y, 1.0, 10, generator)
     x_test, y_test = draw_subset(x_test, y_test, test, generator)
-    edge = (x.shape[-1] - 28) // 2
-    x, x_test = (((v[:, :, edge:edge + 28, edge:edge + 28].float() - mean) / std).contiguous(memory_format=torch.channels_last)
+    crop = slice((x.shape[-1] - 28) // 2, (x.shape[-1] + 28) // 2)
+    x, x_test = (((v[:, :, crop, crop].float() - mean) / std).contiguous(memory_format=torch.channels_last)
                  for v in (x, x_test))
     return [t.to(device) for t in (x, y, x_test, y_test)]
 
@@ -164,8 +164,8 @@ def measure(model, beta, x, y, x_test, y_test):
 def certify_cell(cell, device, args, progress):
     """Train the weights for the PAC-Bayes bound itself (eq. 7), and measure the two sides of it.
 
-    The prior is centred on the net at its start, or trained without noise on the share cell["seen"] of the samples, which
-    the bound then does without. Biases and batch normalisation stay as in the prior: all that is learned is charged.
+    The prior is centred on the net at its start, or trained without noise on the share cell["seen"] of the samples,
+    which the bound then does without. Biases and batch normalisation stay as in the prior: all that is learned is charged.
     """
     s = SETTINGS[args.scale]
     torch.manual_seed(cell["seed"])
@@ -181,7 +181,8 @@ def certify_cell(cell, device, args, progress):
         for step in range(steps):
             t = step / steps
             for group, lr in zip(optimizer.param_groups, (LR, LR_NOISE)):
-                group["lr"] = lr * (min(1, t / 0.1 + 0.001) if t < 0.6 else 0.5 + 0.5 * math.cos(math.pi * (t / 0.4 - 1.5)))
+                group["lr"] = lr * (min(1, t / 0.1 + 0.001) if t < 0.6 else
+                                    0.5 + 0.5 * math.cos(math.pi * (t - 0.6) / 0.4))
             index = next(batches)
             loss = nn.functional.cross_entropy(model(x[index]), y[index]) + price(min(1, t / 0.4))
             optimizer.zero_grad()
@@ -453,7 +454,8 @@ def certificate(row, loss, count):
     """
     largest, draws, delta = MAX_LOSS[loss], row["draws"], 0.05 / count
     log_term = math.log(10 / delta)
-    upper = row[loss] + row[f"{loss}_std"] * math.sqrt(2 * log_term / draws) + 7 * largest * log_term / (3 * (draws - 1))
+    upper = row[loss] + row[f"{loss}_std"] * math.sqrt(2 * log_term / draws)
+    upper += 7 * largest * log_term / (3 * (draws - 1))
     return pac_bayes_bound(min(upper, largest), row["divergence"], row["bound_n"], max_loss=largest, delta=0.8 * delta)
 
 

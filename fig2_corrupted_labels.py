@@ -8,12 +8,12 @@ Two experiments. "models": Small AlexNet, All-CNN and a ResNet are trained on ra
 beta/N * I(w;D), for beta from 0.025 up; train error goes from nothing to chance. "corruption": Small AlexNet is trained
 at one small beta, at which it fits everything, with a share of the labels drawn anew; the information in its weights
 grows with the share. The paper expects the whole rise to be about log 10 = 2.30 nats a sample, what a random label
-holds, and shows 3.1. Measured at cpu scale: the rise is 3.17 nats at N = 3,000, and depends on N and beta (1.7 at N = 300;
-5.9 at beta = 0.03); error rises through 55% at beta = 0.27 for Small AlexNet and 0.12 for the two others.
+holds, and shows 3.1. Measured at cpu scale: the rise is 3.17 nats at N = 3,000, and depends on N and beta (1.7 at
+N = 300; 5.9 at beta = 0.03, N = 1,000); error rises through 55% at beta = 0.27 for Small AlexNet and 0.12 for the two others.
 
 The protocol is that of Fig. 1, the same for every cell and network: Adam; 100 epochs, or `steps` if that is more;
-learning rate held from 10% to 80% of the steps, then brought to 0 by a cosine; beta raised linearly from 0 over the first
-40% and held for the rest. Accuracy and cross-entropy are those of sampled weights on the train set.
+learning rate held from 10% to 80% of the steps, then brought to 0 by a cosine; beta raised linearly from 0 over the
+first 40% and held for the rest. Accuracy and cross-entropy are those of sampled weights on the train set.
 """
 import math
 
@@ -28,8 +28,8 @@ from common import (StochasticConv2d, StochasticLinear, accuracy, calibrated, cl
                     weight_information)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings. `widths` are those of each network in `models`; `corruptions` is measured at `n` and `beta`, and its two ends
-# at the pairs (n, beta) of `elsewhere`, to see what the rise depends on.
+# Settings. `widths` are those of each network; the `shares` of corrupted labels are measured at `n` and `beta`, their two
+# ends at the pairs (n, beta) of `elsewhere`, to see what the rise depends on.
 # ----------------------------------------------------------------------------------------------------------------------
 SHARES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 SETTINGS = {
@@ -178,8 +178,8 @@ def measure(model, beta, x, y, x_test, y_test):
 # ----------------------------------------------------------------------------------------------------------------------
 # What the rows say
 # ----------------------------------------------------------------------------------------------------------------------
-# The paper's Fig. 2, digitised. Left, N = 10,000: train error in % at each beta. Right: information, nats a sample up to
-# a constant, at each share of corrupted labels.
+# The paper's Fig. 2, digitised. Left, N = 10,000: train error in % at each beta. Right: information, nats a sample up
+# to a constant, at each share of corrupted labels.
 PAPER_BETAS = (0.025, 0.063, 0.158, 0.398, 1, 2.51, 6.31, 15.8, 39.8)
 PAPER_ERROR = {"Small AlexNet": (1.4, 3.8, 7.3, 10.2, 17.6, 74.2, 87.8, 89.3, 89.4),
                "All-CNN": (4.7, 16.9, 31, 55.4, 79, 85, 88), "ResNet": (1.5, 3.3, 6, 15.5, 81.7, 87.6, 88.5)}

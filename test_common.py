@@ -671,7 +671,7 @@ def test_any_representation_obeys_the_invariance_bound_and_stacking_adds_invaria
 
 
 def test_pac_bayes_bound_holds_over_every_training_set_of_a_toy_world():
-    # four equally likely values of a sample, 30 hypotheses, all 4^5 training sets: expectation and probability are exact
+    # four equally likely values of a sample, 30 hypotheses, all 4^5 training sets: all is exact
     n, values, hypotheses, max_loss = 5, 4, 30, 2.0
     loss = max_loss * torch.rand(hypotheses, values, dtype=torch.double).round()  # all or nothing: overfits most
     prior = torch.softmax(torch.randn(hypotheses).double(), 0)
@@ -1299,8 +1299,8 @@ def test_only_seeds_with_all_cells_are_complete():
     assert common.per_seed(len, rows).tolist() == [6, 6, 5] and common.per_seed(len, []).size == 0
 
 
-FIG2 = dict(widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "ResNet": 1 / 2}, n_models=200, betas=(0.01, 10.0), n=200,
-            shares=(0.0, 0.5, 1.0), elsewhere=((100, 0.1),), steps=3, batch=20, test=50)
+FIG2 = dict(widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "ResNet": 1 / 2}, n_models=200, betas=(0.01, 10.0),
+            n=200, shares=(0.0, 0.5, 1.0), elsewhere=((100, 0.1),), steps=3, batch=20, test=50)
 
 
 def test_fig2_runs_and_its_rows_keep_the_contract(tmp_path):
