@@ -297,6 +297,33 @@ def calibrated(model, batches, draw):
             m.running_mean.copy_(mean), m.running_var.copy_(var)
 
 
+@torch.no_grad()
+def predict(model, x, batch=100):
+    """model(x) in batches."""
+    return torch.cat([model(part) for part in x.split(batch)])
+
+
+def accuracy(logits, labels):
+    return (logits.argmax(1) == labels).float().mean().item()
+
+
+@torch.no_grad()
+def evaluate(model, x, y, x_test, y_test):
+    """Accuracies and train cross-entropy (nats a sample) of sampled and of mean weights, each calibrated.
+
+    Sampled weights are drawn anew for every batch of 100, over at least 2,000 training images in all. Returns
+    (logits, labels, results): those of sampled weights on the training images, with repetitions, and a dict.
+    """
+    passes = max(1, 2000 // len(x))
+    with calibrated(model, x.split(100) * passes, draw=True):
+        logits, labels = torch.cat([predict(model, x) for _ in range(passes)]), y.repeat(passes)
+        test_sampled = accuracy(predict(model, x_test), y_test)
+    with calibrated(model, x.split(100), draw=False):
+        train_mean, test_mean = accuracy(predict(model, x), y), accuracy(predict(model, x_test), y_test)
+    return logits, labels, {"train_acc": accuracy(logits, labels), "train_acc_mean": train_mean, "test_acc": test_mean,
+                            "test_acc_sampled": test_sampled, "cross_entropy": F.cross_entropy(logits, labels).item()}
+
+
 # ======================================================================================================================
 # 2. Weight-IB loss
 # ======================================================================================================================
@@ -1086,16 +1113,6 @@ def minibatches(n, batch, device):
         yield from torch.randperm(n, device=device)[:n - n % batch].split(batch)
 
 
-@torch.no_grad()
-def predict(model, x, batch=100):
-    """model(x) in batches."""
-    return torch.cat([model(part) for part in x.split(batch)])
-
-
-def accuracy(logits, labels):
-    return (logits.argmax(1) == labels).float().mean().item()
-
-
 def summarise(rows, x, y, **where):
     """[(x, mean, spread, count), ...] of key y over the finished rows that fit, by ascending x; spread: sample std."""
     groups = {}
@@ -1157,6 +1174,7 @@ def save_figure(fig, args):
             path = args.out / f"{args.figure}-{args.scale}.{ending}"
             temporary = path.with_name(f".{path.name}.{os.getpid()}")
             fig.savefig(temporary, dpi=150, format=ending)
+            fig.set_layout_engine("none")  # the layout stands: finding it is half of the time
             os.replace(temporary, path)
     except OSError as error:
         _exit_with(error)

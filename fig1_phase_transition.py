@@ -28,28 +28,29 @@ import torch
 import torch.nn as nn
 from matplotlib.tri import Triangulation
 
-from common import (StochasticConv2d, StochasticLinear, accuracy, calibrated, claim, complete_seeds, corrupt_labels,
-                    crossing, draw_subset, ib_loss, label_information, load_objects, minibatches, new_figure,
+from common import (StochasticConv2d, StochasticLinear, accuracy, claim, complete_seeds, corrupt_labels, crossing,
+                    draw_subset, evaluate, ib_loss, label_information, load_objects, minibatches, new_figure,
                     pac_bayes_bound, parse_args, per_seed, plot_points, predict, print_claims, prior_divergence,
                     run_grid, sample_weights, save_figure, summarise, weight_information)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings. `hysteresis` lists the N whose two ends are measured, `ladder` the beta they step over with `rung` steps at
-# each; the way down from chance goes on through those `below`. --certificates: N, steps for the prior and for the rest.
+# each; the way down from chance goes on through those `below`. --certificates: N, steps for the prior and for the rest,
+# draws of the weights that measure the loss.
 # ----------------------------------------------------------------------------------------------------------------------
 SETTINGS = {
     "demo": dict(width=1 / 8, sizes=(100, 300), betas=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), steps=300, batch=100,
                  hysteresis=(100,), ladder=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2), below=(0.003, 0.001),
-                 rung=80, test=1000, certificates=(300, 100, 100)),
+                 rung=80, test=1000, certificates=(300, 100, 100, 2000)),
     "cpu": dict(width=1 / 4, sizes=(100, 300, 1000, 3000), betas=(0.03, 0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.2, 3.0),
                 steps=1500, batch=100, hysteresis=(300, 1000),
                 ladder=(0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.3),
-                below=(0.01, 0.003, 0.001), rung=300, test=5000, certificates=(50_000, 3000, 2500)),
+                below=(0.01, 0.003, 0.001), rung=300, test=5000, certificates=(50_000, 3000, 2500, 2000)),
     "paper": dict(width=1, sizes=(100, 300, 1000, 3000, 10_000, 30_000, 50_000),
                   betas=(0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.2, 3.0, 10.0), steps=6000, batch=500,
                   hysteresis=(1000, 10_000),
                   ladder=(0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.3),
-                  below=(0.01, 0.003, 0.001), rung=2000, test=10_000, certificates=(50_000, 10_000, 10_000)),
+                  below=(0.01, 0.003, 0.001), rung=2000, test=10_000, certificates=(50_000, 10_000, 10_000, 2000)),
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
 DATASETS = {"demo": ["synthetic"], "cpu": ["cifar10", "mnist", "synthetic"],
@@ -63,7 +64,8 @@ LR, LR_NOISE = 3e-3, 0.04  # Adam's learning rates of the means and of log sigma
 # ----------------------------------------------------------------------------------------------------------------------
 def load_data(args):
     s = SETTINGS[args.scale]
-    return load_objects(args.dataset, args.data_dir, max(s["sizes"]), s["test"])
+    largest = s["certificates"][0] if args.certificates else max(s["sizes"])
+    return load_objects(args.dataset, args.data_dir, largest, s["test"])
 
 
 def make_cell_data(cell, test, device, args):
@@ -146,33 +148,26 @@ def train_cell(cell, device, args, progress):
 
 
 def measure(model, beta, x, y, x_test, y_test):
-    """What a row holds: sampled weights are drawn anew for every batch of 100, over at least 2,000 images in all."""
-    passes = max(1, 2000 // len(x))
-    with calibrated(model, x.split(100) * passes, draw=True):
-        logits, labels = torch.cat([predict(model, x) for _ in range(passes)]), y.repeat(passes)
-        test_sampled = accuracy(predict(model, x_test), y_test)
-    with calibrated(model, x.split(100), draw=False):
-        train_mean, test_mean = accuracy(predict(model, x), y), accuracy(predict(model, x_test), y_test)
-    cross_entropy = nn.functional.cross_entropy(logits, labels).item()
+    """What a row holds."""
+    logits, labels, results = evaluate(model, x, y, x_test, y_test)
     information = weight_information(model).item()
-    return {"objective": cross_entropy + beta * information / len(x), "train_acc": accuracy(logits, labels),
-            "train_acc_mean": train_mean, "test_acc": test_mean, "test_acc_sampled": test_sampled,
-            "cross_entropy": cross_entropy, "information": information,
-            "label_information": label_information(logits, labels).item()}
+    return results | {"objective": results["cross_entropy"] + beta * information / len(x), "information": information,
+                      "label_information": label_information(logits, labels).item()}
 
 
 def certify_cell(cell, device, args, progress):
     """Train the weights for the PAC-Bayes bound itself (eq. 7), and measure the two sides of it.
 
     The prior is centred on the net at its start, or trained without noise on the share cell["seen"] of the samples,
-    which the bound then does without. Biases and batch normalisation stay as in the prior: all that is learned is charged.
+    which the bound then does without. Biases and batch normalisation stay as in the prior: all that is learned is
+    charged.
     """
     s = SETTINGS[args.scale]
     torch.manual_seed(cell["seed"])
     x, y, x_test, y_test = make_cell_data(cell, s["test"], device, args)
     model = small_alexnet(s["width"], x.shape[1]).to(device)
     layers = [m for m in model.modules() if isinstance(m, (StochasticConv2d, StochasticLinear))]
-    _, prior_steps, steps = s["certificates"]
+    _, prior_steps, steps, count = s["certificates"]
     seen = round(cell["seen"] * cell["n"])
 
     def train(groups, x, y, steps, price):
@@ -202,7 +197,7 @@ def certify_cell(cell, device, args, progress):
         train([[m.weight for m in layers], [m.log_sigma2 for m in layers]], x, y, steps,
               lambda ramp: cell["beta"] * ramp / len(x) * prior_divergence(model, prior))
         result = {"divergence": prior_divergence(model, prior).item(), "bound_n": len(x)}
-        draws = [clipped_losses(model, x[i], y[i]) for i in torch.randint(len(x), (2000, 100), device=device)]
+        draws = [clipped_losses(model, x[i], y[i]) for i in torch.randint(len(x), (count, 100), device=device)]
         test = torch.stack([clipped_losses(model, *pair) for pair in zip(x_test.split(100), y_test.split(100))])
     mean, std = (f(torch.stack(draws), 0).tolist() for f in (torch.mean, torch.std))
     for i, loss in enumerate(MAX_LOSS):

@@ -1,14 +1,14 @@
 """Fig. 3: more weights do not overfit, more information does: the U of the bias-variance trade-off is against beta.
 
     python fig3_width_beta.py --scale demo     # synthetic images, 1.5 minutes on 2 cores
-    python fig3_width_beta.py --scale cpu      # 5,000 images of CIFAR-10, 1/16 to 1/2 width, about 50 minutes on 2 cores
+    python fig3_width_beta.py --scale cpu      # 5,000 images of CIFAR-10, 1/16 to 1/2 width, 50 minutes on 2 cores
     python fig3_width_beta.py --gpu 0          # CIFAR-10, the paper's widths 1/4 to 3 and 11 values of beta
 
 An All-CNN is trained on real labels, without augmentation, in two ways. Left: plain weights, weight decay, a range of
 widths. Right: one width, no weight decay, L = cross-entropy + beta/N * I(w;D), a range of beta. Expected (paper,
 Fig. 3): against the number of weights test error falls, then hardly rises (12.75, 10.13, 8.45, 8.90, 9.45%), against
-beta it is a U (9.16% at beta = 0.001, 8.06% at 0.03, 9.64% at 100). Measured at cpu scale: error
-falls from 50% to 34% with width, short of the plateau; against beta it is 44.9%, 40.1% at its best (0.1), and 90%.
+beta it is a U (9.16% at beta = 0.001, 8.06% at 0.03, 9.64% at 100). Measured at cpu scale:
+error falls from 50% to 34% with width, short of the plateau; against beta it is 44.9%, 40.1% at its best (0.1), 90%.
 
 Protocol, the same for every cell of a panel: learning rates rise over the first 10% of the steps, are held to 80% and
 brought to 0 by a cosine. Width: SGD with Nesterov momentum. Beta: Adam, all layers stochastic, one weight sample a
