@@ -500,6 +500,73 @@ def label_information(logits, labels):
     return torch.special.entr(frequencies).sum() - F.cross_entropy(logits.double(), labels)
 
 
+def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=2000, batch=256, lr=3e-3, steps=3000,
+                              patience=300):
+    """I(z;n) in nats by learning the log-ratio log p(z,n)/(p(z)p(n)): told apart are pairs and shuffled pairs (Sec. 6).
+
+    discriminator: a module, discriminator(z, n) -> scores (len(z), len(n)) of all pairs of rows; trained here, in place.
+    z, n: (count, ...) pairs, of any shapes and types; z is detached. The last `held_out` of them are reported on, the
+    `validation` ones before decide how long to train, the rest are trained on; rows of one origin belong together.
+    Every pair of a batch is told from the batch - 1 others that its z makes with the batch's n, at these odds, so that
+    the score of least cross-entropy is the log-ratio itself. Adam; training ends, at the best state, when InfoNCE on the
+    validation pairs has not risen for `patience` steps, or after `steps`.
+
+    Returns a dict of floats. plug_in: mean score of held-out pairs, high or low where the scores are off. Lower bounds in
+    expectation, whatever the discriminator: donsker_varadhan, plug_in less log E exp(score) of the shuffled pairs, all
+    that there are; info_nce, which cannot exceed log(held_out). calibration_error: mean gap between sigmoid(score) and
+    the frequency of true pairs among as many shuffled ones, in ten bins; 0 to 1, about 0.01 by chance.
+    ValueError for too few pairs, or scores of another shape.
+    """
+    z, n = z.detach(), n.detach()
+    train = len(z) - validation - held_out
+    if len(z) != len(n) or train < 2 or min(validation, held_out) < 2:
+        raise ValueError(f"{len(z)} z and {len(n)} n: as many of each are wanted, and over {validation + held_out + 1}")
+
+    def estimates(part):
+        discriminator.eval()
+        with torch.no_grad():
+            scores = torch.cat([discriminator(rows, n[part]) for rows in z[part].split(500)])
+        discriminator.train()
+        return _ratio_estimates(scores)
+
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr, fused=True)
+    best, best_step, batch = -math.inf, 0, min(batch, train)
+    for step in range(1, steps + 1):
+        index = torch.randperm(train, device=z.device)[:batch]
+        scores = discriminator(z[index], n[index])
+        if scores.shape != (batch, batch):
+            raise ValueError(f"discriminator(z, n) gave {tuple(scores.shape)}, not a score for each of the {batch}² pairs")
+        log_odds = scores - math.log(batch - 1)
+        loss = (F.softplus(log_odds).sum() - log_odds.trace()) / batch
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0 or step == steps:
+            bound = estimates(slice(train, train + validation))["info_nce"]
+            if bound > best:
+                best, best_step = bound, step
+                state = {name: value.clone() for name, value in discriminator.state_dict().items()}
+            elif step - best_step >= patience:
+                break
+    discriminator.load_state_dict(state)
+    return estimates(slice(train + validation, None))
+
+
+def _ratio_estimates(scores):
+    """What density_ratio_information returns, from the scores (m, m) of m pairs, the true ones on the diagonal."""
+    m = len(scores)
+    true, shuffled = scores.diagonal(), scores.roll(1, 0).diagonal()
+    off_diagonal = scores.masked_fill(torch.eye(m, dtype=torch.bool, device=scores.device), -math.inf).logsumexp(1)
+    plug_in = true.mean()
+    probability = torch.cat([true, shuffled]).sigmoid()
+    excess = probability - (torch.arange(2 * m, device=scores.device) < m).float()
+    gaps = torch.zeros(10, device=scores.device).index_add(0, (10 * probability).long().clamp(max=9), excess)
+    results = {"plug_in": plug_in, "donsker_varadhan": plug_in - off_diagonal.logsumexp(0) + math.log(m * (m - 1)),
+               "info_nce": (true - torch.logaddexp(true, off_diagonal)).mean() + math.log(m),
+               "calibration_error": gaps.abs().sum() / (2 * m)}
+    return {name: value.item() for name, value in results.items()}
+
+
 def total_correlation(z):
     """TC(z) = KL(p(z) || prod p(z_i)) of a Gaussian with the covariance of the samples: 0-d tensor, nats.
 

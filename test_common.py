@@ -22,10 +22,11 @@ import torchvision
 
 import common
 from common import (DataError, StochasticConv2d, StochasticLinear, add_clutter, alpha_from_information, calibrated,
-                    channel_statistics, corrupt_labels, draw_subset, flat_minimum_bound, g, hessian_trace, ib_loss,
-                    label_information, layer_information, layer_information_bound, load_celeba, load_cifar10,
-                    load_mnist, minibatches, pac_bayes_bound, prior_divergence, sample_weights, synthetic_digits,
-                    synthetic_faces, synthetic_objects, to_stochastic, total_correlation, weight_information)
+                    channel_statistics, corrupt_labels, density_ratio_information, draw_subset, flat_minimum_bound, g,
+                    hessian_trace, ib_loss, label_information, layer_information, layer_information_bound, load_celeba,
+                    load_cifar10, load_mnist, minibatches, pac_bayes_bound, prior_divergence, sample_weights,
+                    synthetic_digits, synthetic_faces, synthetic_objects, to_stochastic, total_correlation,
+                    weight_information)
 
 HERE = Path(__file__).resolve().parent
 NOISES = list(itertools.product(("gaussian", "lognormal"), (True, False)))
@@ -773,6 +774,72 @@ def test_total_correlation_of_a_gaussian():
     assert total_correlation(torch.randn(100_000, 3)).item() == pytest.approx(0, abs=1e-3)
     with pytest.raises(ValueError, match="samples"):
         total_correlation(torch.randn(4, 5))
+
+
+class PairCritic(nn.Module):
+    """Scores all pairs of rows of z and n: a bilinear form and inner products of two embeddings."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.z, self.n = (nn.Sequential(nn.Linear(dim, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(2))
+        self.product = nn.Linear(dim, dim)
+
+    def forward(self, z, n):
+        return self.product(z) @ n.T + self.z(z) @ self.n(n).T
+
+
+def gaussian_pairs(information, dim, count):
+    """(z, n), each (count, dim), of which I(z;n) is known: dim pairs of Gaussians of one correlation."""
+    square = -math.expm1(-2 * information / dim)  # I = -dim/2 log(1 - correlation^2)
+    z = torch.randn(count, dim)
+    return z, square**0.5 * z + (1 - square) ** 0.5 * torch.randn(count, dim)
+
+
+@pytest.mark.parametrize("information, dim", [(0, 1), (0, 20), (0.5, 1), (0.5, 20), (2, 5), (2, 20), (5, 20)])
+def test_density_ratio_information_of_correlated_gaussians(information, dim):
+    z, n = gaussian_pairs(information, dim, 40_000)
+    ours = density_ratio_information(PairCritic(dim), z, n, lr=1e-2, steps=400, patience=200)
+    within = 0.05 if information == 0 else max(0.1, (0.15 if information == 5 else 0.1) * information)
+    assert ours["plug_in"] == pytest.approx(information, abs=within)
+    for bound in ("donsker_varadhan", "info_nce"):
+        assert ours[bound] < information + within / 2 and ours[bound] == pytest.approx(information, abs=2 * within)
+    assert ours["calibration_error"] < 0.03
+
+
+def test_density_ratio_information_measures_what_it_was_given():
+    z, n = gaussian_pairs(2, 5, 3000)
+    z.requires_grad_()
+    critic = PairCritic(5)
+
+    def estimate(n):
+        torch.manual_seed(0)
+        return density_ratio_information(copy.deepcopy(critic), z, n, validation=500, held_out=500, steps=60, batch=64)
+
+    ours = estimate(n)
+    assert z.grad is None and estimate(n) == ours
+    shuffled = torch.cat([n[:-500], n[-500:].roll(1, 0)])  # what was learned does not hold of the held-out pairs
+    assert estimate(shuffled)["info_nce"] < 0 < ours["info_nce"]
+    for arguments in ((z[:-1], n), (z[:900], n[:900])):
+        with pytest.raises(ValueError, match="as many of each"):
+            density_ratio_information(critic, *arguments)
+    with pytest.raises(ValueError, match="a score for each"):
+        density_ratio_information(nn.Bilinear(5, 5, 1), z, n, validation=500, held_out=500)
+
+
+def test_ratio_estimates_of_scores_written_by_hand():
+    scores = torch.tensor([[2.0, 0.0, -1.0], [1.0, 3.0, 0.5], [-2.0, 0.0, 1.0]])
+    ours = common._ratio_estimates(scores)
+    wrong = [0.0, -1.0, 1.0, 0.5, -2.0, 0.0]
+    assert ours["plug_in"] == pytest.approx(2.0)
+    assert ours["donsker_varadhan"] == pytest.approx(2 - math.log(sum(map(math.exp, wrong)) / 6))
+    assert ours["info_nce"] == pytest.approx(
+        scores.log_softmax(1).diagonal().mean().item() + math.log(3))
+    chances = [(2.0, 1), (3.0, 1), (1.0, 1), (-2.0, 0), (0.0, 0), (0.5, 0)]  # each alone in its bin, or nearly
+    bins = {}
+    for score, true in chances:
+        chance = 1 / (1 + math.exp(-score))
+        bins.setdefault(int(10 * chance), []).append(chance - true)
+    assert ours["calibration_error"] == pytest.approx(sum(abs(sum(some)) for some in bins.values()) / 6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
