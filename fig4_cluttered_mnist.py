@@ -36,7 +36,7 @@ SETTINGS = {
     "demo": dict(width=1 / 16, betas=(0.001, 0.1, 10.0), n=4000, steps=400, batch=64, pairs=4000,
                  discriminator_steps=300, validation=500, test=1000),
     "cpu": dict(width=1 / 8, betas=(0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0), n=60_000, steps=1800, batch=100,
-                pairs=20_000, discriminator_steps=1500, validation=1000, test=5000),
+                pairs=20_000, discriminator_steps=1200, validation=1000, test=5000),
     "paper": dict(width=1, betas=(0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0), n=60_000, steps=20_000, batch=100,
                   pairs=60_000, discriminator_steps=20_000, validation=2000, test=10_000),
 }
@@ -80,7 +80,7 @@ class Discriminator(nn.Module):
     It may use what a mask shows within two places of the map. No batch normalisation: each pair is judged by itself.
     """
 
-    def __init__(self, channels, hidden=64, features=32):
+    def __init__(self, channels, hidden=128, features=32):
         super().__init__()
         self.code = nn.Sequential(nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, features, 1))
         self.mask = nn.Sequential(nn.Conv2d(1, hidden, 8, stride=4, padding=2), nn.ReLU(), nn.Conv2d(hidden, features, 1))
