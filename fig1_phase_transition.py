@@ -292,7 +292,18 @@ def claims(rows, args):
     tests = by_size(lambda r: r["test_acc"], [r for r in real if r["beta"] == low])
     table.append(claim(f"real labels: test accuracy grows with N (β = {low:g})", "grows", tests,
                        lambda v: (np.diff([np.mean(t) for t in tests.values()]) > 0).all(), "{:.1%}", bool(real)))
+    least = {f"N={n:,}": [min((p[1] for p in mean_bounds(real, n)), default=math.nan)] for n in s["sizes"]}
+    table.append(claim("real labels: PAC-Bayes (eq. 7) bounds some net's test error below 90% (shown: the least bound "
+                       "over β, with I(w;D) in the place of a divergence from a proper prior)",
+                       "not shown", least, lambda v: v.min() < 0.9, "{:.0%}", bool(real)))
     return table
+
+
+def mean_bounds(rows, n):
+    """[(beta, bound, ...)]: eq. 7 for the error of nets on n real labels; not a certificate, see certify()."""
+    some = [r | {"bound": pac_bayes_bound(1 - r["train_acc"], max(r["information"], 0), n, max_loss=1)}
+            for r in rows if r["n"] == n and r["labels"] == "real" and r["status"] == "ok"]
+    return summarise(some, "beta", "bound")
 
 
 def fit_information(rows):
@@ -421,6 +432,12 @@ def main():
     print_claims(claims(rows, args))
     print("\nfor the record, chosen on the test set: β of the best test accuracy on real labels:",
           "; ".join(f"N={n:,} {best_beta(rows, n):g}" for n in s["sizes"]))
+    print("\nreal labels, error of sampled weights, at β: on the train set / on the test set / what eq. 7 would bound it by")
+    for n in s["sizes"]:
+        errors = [[1 - p[1] for p in summarise(rows, "beta", key, labels="real", n=n)]
+                  for key in ("train_acc", "test_acc_sampled")]
+        print(f"N = {n:,} |", "; ".join(f"{beta:g}: {train:.0%} / {test:.0%} / {bound:.0%}" for train, test, (
+            beta, bound, *_) in zip(*errors, mean_bounds(rows, n))))
 
 
 def finite(text):

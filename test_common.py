@@ -1356,11 +1356,16 @@ def test_fig1_claims_can_hold_and_fail_and_stay_undecided():
         return [row[3] for row in figure.claims(rows, args)], rows
 
     good, rows = verdicts(0.5)
-    assert good == ["yes"] * 6 + ["not measured", "yes", "yes", "not measured"]
+    assert good == ["yes"] * 6 + ["not measured", "yes", "yes", "not measured", "not measured"]
     assert verdicts(0.25)[0][:2] == ["yes", "NO"]  # falls too early
     assert verdicts(99.0)[0][1:5] == ["NO"] * 4  # never falls: no crossing, no chance, memory does not die
     assert verdicts(0.001)[0][0] == "NO"  # never memorised
     assert {row[3] for row in figure.claims(rows[1:9], args)} == {"not measured"}
+    for nats, verdict in ((0.01, "yes"), (1.0, "NO")):  # a sample
+        real = [fabricated("real", "anneal", n, b, 0.99) | {"information": nats * n} for n in s["sizes"] for b in s["betas"]]
+        assert figure.claims(real, args)[-1][3] == verdict
+        bound = figure.mean_bounds(real, 3000)[0][1]
+        assert bound == pytest.approx(pac_bayes_bound(0.01, nats * 3000, 3000, max_loss=1))
     lower, equal, upper = figure.hysteresis([r for r in rows if r["n"] == 300 and r["start"] != "anneal"])
     assert 0.01 < lower < 0.03 < equal < upper < 0.5
     # memory: log 10 - 0.8 log 10 + 8 beta against chance: log 10 + 0.001 beta
