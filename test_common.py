@@ -1563,6 +1563,265 @@ def test_fig3_claims_can_hold_and_fail_and_stay_undecided():
     assert verdicts(plateau, u, drop=5) == ["not measured"] * 4
 
 
+FIG4 = dict(width=1 / 32, betas=(0.001, 10.0), n=60, steps=3, batch=20, pairs=60, discriminator_steps=3, validation=20,
+            test=30)
+
+
+def test_fig4_runs_and_its_rows_keep_the_contract(tmp_path):
+    result = run_tiny("fig4_cluttered_mnist", FIG4, tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "fig4_cluttered_mnist-demo.jsonl").read_text().splitlines()]
+    assert [r["beta"] for r in rows] == [0.001, 10.0]
+    for r in rows:
+        assert {"test_acc", "i_zn", "i_zn_dv", "i_zn_nce", "i_zy", "bound", "information", "total_correlation"} <= set(r)
+        assert r["layer_lower"] < r["layer_upper"] == pytest.approx(r["layer_lower"] + r["layer_dim"])
+        assert r["bottleneck"] in [f"conv{i}" for i in range(2, 9)] and r["total_correlation"] >= 0
+    assert rows[0]["information"] > rows[1]["information"] > 0 and rows[0]["bound"] > rows[1]["bound"] > 0
+    again = run_tiny("fig4_cluttered_mnist", FIG4, tmp_path, "--plot-only")
+    assert again.returncode == 0 and again.stdout.endswith(result.stdout[result.stdout.index("| claim |"):])
+    for ending in ("png", "pdf"):
+        assert (tmp_path / f"fig4_cluttered_mnist-demo.{ending}").stat().st_size > 10_000
+
+
+def test_fig4_bounds_a_layer_by_the_capacity_of_its_gaussian_units():
+    import fig4_cluttered_mnist as figure
+    features, readout = figure.all_cnn(1 / 32)
+    noisy = [m for m in features if isinstance(m, StochasticConv2d)]
+    assert len(noisy) == 7 and not any(isinstance(m, StochasticConv2d) for m in readout)
+    with torch.no_grad():
+        for layer in noisy:  # the same variance a of the noise for each weight
+            layer.log_sigma2.copy_(layer.weight.square().log() + math.log(0.2))
+    bounds = figure.layer_bounds(features)
+    places = [784, 196, 196, 196, 49, 49, 49]
+    for (name, bound), layer, place in zip(bounds.items(), noisy, places, strict=True):
+        nats, capacity = layer.information().item() / layer.weight.numel(), 0.5 * math.log(6)
+        assert bound == pytest.approx(place * layer.out_channels * (nats + 1), rel=1e-3)  # g + 1 a unit
+        assert capacity < nats < capacity + 0.64, "the divergence is over the capacity, so the bound errs upwards"
+    full = figure.all_cnn()
+    assert sum(p.numel() for m in (*full[0], *full[1]) if isinstance(m, nn.Conv2d) for name, p in m.named_parameters()
+               if name != "log_sigma2") == 960 + 83_040 + 166_080 + 4 * 331_968 + 37_056 + 1930
+    assert full[0](torch.zeros(2, 1, 28, 28)).shape == (2, 192, 7, 7)
+
+
+def test_fig4_disentanglement_leaves_dead_places_out():
+    import fig4_cluttered_mnist as figure
+    layer = StochasticConv2d(6, 4, 1, bias=False, local=True, log_alpha=-3.0)
+    inputs = torch.randn(3000, 6, 1, 1)
+    row = figure.disentanglement(layer, inputs, units := layer(inputs).detach())
+    dead = torch.cat([inputs, torch.zeros(500, 6, 1, 1)])
+    assert figure.disentanglement(layer, dead, torch.cat([units, torch.zeros(500, 4, 1, 1)])) == row
+    assert row["total_correlation"] == pytest.approx(total_correlation(units.flatten(1)).item())
+    capacity = 4 * 0.5 * math.log1p(math.exp(3))
+    assert row["layer_lower"] == pytest.approx(capacity, rel=0.01) and row["layer_upper"] == row["layer_lower"] + 4
+    assert row["layer_lower"] < row["layer_information"] < row["layer_upper"]
+
+
+def test_fig4_discriminator_sees_which_mask_belongs_to_a_code():
+    import fig4_cluttered_mnist as figure
+    images, masks = add_clutter(torch.zeros(1200, 1, 28, 28), torch.Generator().manual_seed(0))
+    codes = F.avg_pool2d(images.float(), 4)
+    model = figure.Discriminator(1, hidden=16, features=8)
+    scores = model(codes[:5], masks[:3])
+    assert scores.shape == (5, 3) and torch.allclose(scores[3:4, 1:2], model(codes[3:4], masks[1:2]), atol=1e-5)
+    ours = density_ratio_information(model, codes / 255, masks, validation=100, held_out=200, steps=150, batch=64)
+    assert 1.5 < ours["info_nce"] <= math.log(200)
+
+
+def test_fig4_claims_can_hold_and_fail_and_stay_undecided():
+    import types
+
+    import fig4_cluttered_mnist as figure
+    s, args = figure.SETTINGS["cpu"], types.SimpleNamespace(scale="cpu")
+
+    def verdicts(i_zn=(8, 6, 4, 3, 2, 1, 0.5), i_zy=(2.2,) * 5 + (1.8, 0.1), bound=1000, tc=(9, 8, 7, 6, 5, 4, 3), drop=0):
+        rows = [dict(beta=beta, seed=seed, status="ok", i_zn=zn, i_zn_dv=zn, i_zn_nce=zn, i_zy=zy, bound=bound,
+                     total_correlation=t)
+                for seed in (0, 1) for beta, zn, zy, t in zip(s["betas"], i_zn, i_zy, tc)]
+        return [row[3] for row in figure.claims(rows[drop:], args)]
+
+    assert verdicts() == ["yes"] * 4 == verdicts(drop=1)  # the seed that is complete
+    assert verdicts(i_zn=(8, 6, 6.05, 3, 2, 1, 0.5))[0] == "yes" and verdicts(i_zn=(8, 5, 5.2, 3, 2, 1, 0.5))[0] == "NO"
+    assert verdicts(i_zn=(8, 7, 6, 5, 4.5, 4.2, 4.1))[0] == "NO"  # by less than half
+    assert verdicts(i_zy=(2.2,) * 4 + (2.0, 1, 1))[1] == "NO" == verdicts(i_zy=(1.9,) * 7)[1]
+    assert verdicts(bound=7)[2] == "NO" and verdicts(tc=(9, 8, 7, 6, 6.5, 4, 3))[3] == "NO"
+    assert verdicts(i_zn=(math.nan,) * 7, i_zy=(math.nan,) * 7, bound=math.nan, tc=(math.nan,) * 7) == ["NO"] * 4
+    assert verdicts(drop=8) == ["not measured"] * 4
+
+
+FIG5 = dict(betas=(0.0, 0.1, 10.0), channels=(4, 4, 8, 4), dim_u=3, synthetic=(60, 40), test=40, judge_steps=2,
+            classifier_steps=3, vae_steps=3, batch=16)
+
+
+def test_fig5_runs_and_its_rows_keep_the_contract(tmp_path):
+    result = run_tiny("fig5_celeba_vae", FIG5, tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "fig5_celeba_vae-demo.jsonl").read_text().splitlines()]
+    assert [r["beta"] for r in rows] == [0.0, 0.1, 10.0]
+    for r in rows:
+        assert {"attribute_acc", "balanced_acc", "majority_acc", "reconstruction_mse", "background_mse", "information",
+                "attribute_agreement", "sample_spread", "spread_inside", "spread_outside", "kl_u"} <= set(r)
+        assert r["probe"].keys() == common.FACE_FACTORS.keys() and list(r["agreement"]) == list(common.FACE_ATTRIBUTES)
+        assert r["attribute_agreement"] == pytest.approx(np.mean(list(r["agreement"].values())), rel=1e-5)
+        inside, outside = sorted((r["spread_inside"], r["spread_outside"]))
+        assert 0 < inside <= r["sample_spread"] <= outside and r["kl_u"] > 0 and r["n"] == 40
+    alone = run_tiny("fig5_celeba_vae", FIG5 | {"betas": (0.1,)}, tmp_path / "alone")  # not after another cell
+    assert alone.returncode == 0, alone.stderr
+    row = json.loads((tmp_path / "alone" / "fig5_celeba_vae-demo.jsonl").read_text())
+    assert {k: v for k, v in row.items() if k != "seconds"} == {k: v for k, v in rows[1].items() if k != "seconds"}
+    with_faces = (tmp_path / "fig5_celeba_vae-demo.png").stat().st_size
+    for path in tmp_path.glob("*-faces.npz"):
+        path.unlink()
+    again = run_tiny("fig5_celeba_vae", FIG5, tmp_path, "--plot-only")
+    assert again.returncode == 0 and again.stdout.endswith(result.stdout[result.stdout.index("| claim |"):])
+    assert with_faces > (tmp_path / "fig5_celeba_vae-demo.png").stat().st_size > 10_000
+
+
+def test_fig5_keeps_real_faces_out_of_what_is_committed(tmp_path):
+    import fig5_celeba_vae as figure
+    names, attributes = list(figure.SHOWN_ATTRIBUTES), np.arange(70 * 10).reshape(70, 10) % 3 % 2
+    np.savez(tmp_path / "celeba64.npz", images=np.full((70, 64, 64, 3), 9, np.uint8), attrs=attributes,
+             attr_names=names, partition=np.repeat([0, 1, 2], [40, 10, 20]))
+    code = ("import sys; sys.argv = ['fig5_celeba_vae.py', '--scale', 'cpu', '--jobs', '1', '--seeds', '0', '--out', "
+            f"{str(tmp_path / 'out')!r}, '--data-dir', {str(tmp_path)!r}]; import fig5_celeba_vae as figure; "
+            f"figure.SETTINGS['cpu'].update({FIG5 | {'betas': (0.1, 10.0)}!r}); figure.main()")
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    faces = {name for name in written if "faces" in name}
+    assert faces == {f"fig5_celeba_vae-cpu-{name}" for name in (
+        "celeba-beta0.1-seed0-faces.npz", "celeba-beta10-seed0-faces.npz", "faces.png", "faces.pdf")}
+    assert written - faces == {f"fig5_celeba_vae-cpu.{ending}" for ending in ("jsonl", "png", "pdf")}
+    ignored = subprocess.run(["git", "check-ignore", *(f"results/{name}" for name in written)], cwd=HERE, text=True,
+                             capture_output=True).stdout.split()
+    assert {Path(name).name for name in ignored} == faces
+    row = json.loads((tmp_path / "out" / "fig5_celeba_vae-cpu.jsonl").read_text().splitlines()[0])
+    assert row["dataset"] == "celeba" and list(row["agreement"]) == names and "probe" not in row
+
+
+def test_fig5_parts_of_the_faces_are_disjoint_and_mirrored():
+    import fig5_celeba_vae as figure
+    images, attributes, _, factors, parts = figure.load_faces("synthetic", None, 30, 12)
+    sizes = {name: len(rows) for name, rows in parts.items()}
+    assert sizes == {"train": 30, "judge": 10, "classifier": 20, "test": 12}
+    assert sorted(torch.cat([parts["judge"], parts["classifier"], parts["test"]]).tolist()) == list(range(42))
+    assert sorted(parts["train"].tolist()) == list(range(30))
+    x = figure.take(images, parts["test"], torch.tensor([3, 15]))
+    assert torch.equal(x[0], images[parts["test"][3]].float() / 127.5 - 1) and torch.equal(x[1], x[0].flip(2))
+
+
+def test_fig5_draws_z_in_order_with_noise_of_its_own():
+    import fig5_celeba_vae as figure
+    images = torch.randint(256, (40, 3, 64, 64), dtype=torch.uint8)
+    rows = torch.randperm(40)[:24]
+    classifier = to_stochastic(figure.face_classifier((4, 4, 8, 4), 5), log_alpha=-20.0)
+    z, logits = figure.draw_z(classifier, images, rows)
+    wanted = classifier.eval()[0](figure.take(images, rows, torch.arange(48)))
+    assert z.shape == (48, 4, 4, 4) and torch.allclose(z.float(), wanted, atol=0.02)
+    assert torch.allclose(logits, classifier[1](wanted), atol=0.02)
+    assert not torch.allclose(wanted[:24], wanted[24:], atol=0.1)  # the mirror images differ
+    classifier = to_stochastic(figure.face_classifier((4, 4, 8, 4), 5), log_alpha=0.0)
+    z = figure.draw_z(classifier, images[:1].expand(80, -1, -1, -1), torch.arange(80), mirrored=False)[0]
+    assert len(z.flatten(1).unique(dim=0)) == 10  # a weight sample for every eight
+
+
+def test_fig5_vae_bounds_the_likelihood():
+    import fig5_celeba_vae as figure
+    vae = figure.ConditionalVAE((4, 4, 8, 4), 3).eval()
+    x, z = torch.randn(5, 3, 64, 64), torch.randn(5, 4, 4, 4)
+    with torch.no_grad():
+        vae.log_sigma2.copy_(torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1))
+        vae.logit_sigma2.copy_(torch.tensor([-4.0, 0.0, 2.0]))
+        mean = vae.posterior(torch.cat([vae.look(x), z], 1).flatten(1)) * torch.sigmoid(-vae.logit_sigma2).sqrt()
+        q = torch.distributions.Normal(mean, torch.sigmoid(vae.logit_sigma2).sqrt())
+        torch.manual_seed(1)
+        nll, kl = vae(x, z)
+        torch.manual_seed(1)
+        u = mean + q.stddev * torch.randn(5, 3)
+        likelihood = torch.distributions.Normal(vae.decode(z, u), (vae.log_sigma2 / 2).exp())
+    assert torch.allclose(nll, -likelihood.log_prob(x).sum((1, 2, 3)), rtol=1e-5)
+    wanted = torch.distributions.kl_divergence(q, torch.distributions.Normal(0, 1)).sum(1)
+    assert torch.allclose(kl, wanted, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():  # over all faces u has the prior's variance
+        many = vae.train().posterior(torch.randn(500, 2 * 64)) * torch.sigmoid(-vae.logit_sigma2).sqrt()
+    assert torch.allclose(many.var(0) + q.variance[0], torch.ones(3), atol=0.01)
+
+
+def test_fig5_measures_errors_spreads_and_agreement_of_known_pictures():
+    import fig5_celeba_vae as figure
+
+    class Painter(nn.Module):  # x^ = x inside the ellipse, -x plus 0.1 times u outside; u of one dimension
+        lay_out = [nn.Linear(1, 1)]
+
+        def decode(self, z, u):
+            noise = 0.1 * u.view(-1, 1, 1, 1).clamp(-2, 2)
+            return torch.where(figure.outside_ellipse(), noise - z, z)
+
+        def forward(self, x, z):
+            return torch.full((len(x),), 2.0), torch.full((len(x),), 3.0)
+
+    x = 0.5 * torch.rand(400, 1, 1, 1).expand(-1, 3, 64, 64) + 0.1
+    y = torch.stack([x[:, 0, 32, 32] > 0.3, x[:, 0, 32, 32] < 0.35], 1).byte()
+    judge = lambda x: torch.stack([x[:, 0, 32, 32] - 0.3, x[:, 0, 0, 0]], 1)  # the second reads the background
+    row, pictures = figure.measure(Painter(), judge, x, x, y, ["inside", "outside"])
+    outside = figure.outside_ellipse()
+    assert 1 - outside.float().mean() == pytest.approx(math.pi / 4 * 0.75 * 0.9, rel=0.01)
+    square = (0.2**2 + 0.2 * 1 + 1 / 3) * 1  # E (2x)^2 for x uniform from 0.1 to 0.6
+    assert row["background_mse"] == pytest.approx(square + 0.01 * 0.92, rel=0.1)
+    assert row["reconstruction_mse"] == pytest.approx(row["background_mse"] * outside.float().mean().item(), rel=1e-4)
+    assert row["spread_inside"] < 1e-6 and row["spread_outside"] == pytest.approx(0.1 * 0.96, rel=0.05)
+    assert (row["kl_u"], row["elbo"]) == (3, -5) and row["agreement"]["inside"] == 1
+    assert row["attribute_agreement"] == pytest.approx((1 + row["agreement"]["outside"]) / 2)
+    assert row["agreement_balanced"]["outside"] < 0.7 and row["judge_acc"] == pytest.approx((1 + 0.5) / 2, abs=0.05)
+    assert pictures.shape == (3, 6, 3, 64, 64) and (pictures[0][..., 32, 32] == pictures[1][..., 32, 32]).all()
+    hit, y = torch.tensor([[1.0, 1], [0, 1], [1, 0]]), torch.tensor([[1, 0], [0, 0], [0, 0]])
+    assert figure.balanced(hit, y).tolist() == pytest.approx([0.75, 2 / 3])  # where one class is missing: the other's
+
+
+def test_fig5_probe_reads_what_is_there_and_nothing_else():
+    import fig5_celeba_vae as figure
+    factor = torch.randint(4, (1500,))
+    z = torch.randn(1500, 5, 4, 4)
+    assert abs(figure.probe(z, factor)) < 0.06
+    z[:, 0, 0] = F.one_hot(factor).float() * 10
+    assert figure.probe(z, factor) == 1
+    two, z = factor % 2, torch.randn(1500, 3)
+    z[:, 0] += 2 * two.float()  # Bayes: right with probability Phi(1)
+    chance = max((two == 0).float().mean().item(), (two == 1).float().mean().item())
+    wanted = (torch.distributions.Normal(0, 1).cdf(torch.tensor(1.0)).item() - chance) / (1 - chance)
+    assert figure.probe(z.half(), two) == pytest.approx(wanted, abs=0.06)
+
+
+def test_fig5_claims_can_hold_and_fail_and_stay_undecided():
+    import types
+
+    import fig5_celeba_vae as figure
+    betas = figure.SETTINGS["cpu"]["betas"]
+
+    def verdicts(dataset="celeba", growth=0.6, spread=0.1, fall=0.04, least=0.85, dent=0.0, stay=0.8, fade=0.4, drop=0):
+        rows = []
+        for seed, (place, beta) in itertools.product((0, 1), list(enumerate(betas))[drop:]):
+            t = (place - 1) / (len(betas) - 2)
+            level = 0.1 * (seed + 1) * (1 + growth * t) - dent * (place == 3)
+            probe = {name: 0.5 * (1 - t * (1 - (fade if name in figure.NUISANCES else stay)))
+                     for name in common.FACE_FACTORS}
+            rows.append(dict(beta=beta, seed=seed, status="ok", background_mse=level, spread_outside=0.2 + spread * t,
+                             attribute_agreement=least + 0.04 - fall * t, probe=probe))
+        args = types.SimpleNamespace(scale="cpu", dataset=dataset)
+        return [row[3] for row in figure.claims(rows, args)]
+
+    assert verdicts() == verdicts(drop=1) == ["yes"] * 4  # the reference may be missing
+    assert verdicts(growth=0.45) == ["NO", "yes", "yes", "yes"]
+    assert verdicts(spread=-0.01) == ["yes", "NO", "yes", "NO"]
+    assert verdicts(fall=0.051, least=0.9) == verdicts(least=0.79) == ["yes", "yes", "NO", "yes"]
+    assert verdicts(fall=-0.01)[2:] == ["yes", "NO"]
+    assert verdicts(dent=0.2)[3] == "NO" and verdicts(dent=0.05)[3] == "yes"  # within the seeds' spread of 0.1
+    assert verdicts(growth=math.nan, spread=math.nan, fall=math.nan) == ["NO"] * 4
+    assert verdicts("synthetic") == ["yes"] * 4
+    assert verdicts("synthetic", stay=0.4)[2:] == ["NO", "yes"] and verdicts("synthetic", fade=0.6)[2:] == ["yes", "NO"]
+    assert verdicts("synthetic", stay=math.nan, fade=math.nan)[2:] == ["NO", "NO"]
+    assert {*verdicts(drop=2), *verdicts("synthetic", drop=2)} == {"not measured"}
+
+
 def test_claim_needs_finite_numbers_and_all_of_them():
     assert common.claim("c", "p", {"a": [1.0, 3.0]}, lambda v: v.mean() == 2) == ("c", "p", "a 2 ± 1.41", "yes")
     assert common.claim("c", "p", {"a": [1.0]}, lambda v: v[0] > 2)[2:] == ("a 1", "NO")
