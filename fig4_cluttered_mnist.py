@@ -276,6 +276,7 @@ def plot(rows, args):
         plot_points(ax, summarise(good, "beta", key), fmt=fmt, color=colour, label=name)
     ax.set(xscale="log", xlabel="β", ylabel="nats (linear up to 1)", title="what the code holds of clutter and label")
     ax.set_yscale("symlog", linthresh=1)
+    ax.set_ylim(bottom=-0.5)
     ax.legend()
 
     ax = axes[0, 2]
