@@ -432,7 +432,7 @@ def main():
     print_claims(claims(rows, args))
     print("\nfor the record, chosen on the test set: β of the best test accuracy on real labels:",
           "; ".join(f"N={n:,} {best_beta(rows, n):g}" for n in s["sizes"]))
-    print("\nreal labels, error of sampled weights, at β: on the train set / on the test set / what eq. 7 would bound it by")
+    print("\nreal labels, error of sampled weights, at β: train set / test set / what eq. 7 would bound it by")
     for n in s["sizes"]:
         errors = [[1 - p[1] for p in summarise(rows, "beta", key, labels="real", n=n)]
                   for key in ("train_acc", "test_acc_sampled")]

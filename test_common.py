@@ -825,6 +825,8 @@ def test_density_ratio_information_measures_what_it_was_given():
             density_ratio_information(critic, *arguments)
     with pytest.raises(ValueError, match="a score for each"):
         density_ratio_information(nn.Bilinear(5, 5, 1), z, n, validation=500, held_out=500)
+    with pytest.raises(FloatingPointError):
+        density_ratio_information(critic, z * math.nan, n, validation=500, held_out=500, steps=1)
 
 
 def test_ratio_estimates_of_scores_written_by_hand():
@@ -1067,7 +1069,7 @@ if __name__ == "__main__":
 
 
 def side_by_side(run, *items):
-    """[run(item), ...] for runs that wait for processes of their own, two at a time: most of each is importing torch."""
+    """[run(item), ...] for runs that wait for processes of their own, two at a time: most of each is imports."""
     with futures.ThreadPoolExecutor(2) as pool:
         return list(pool.map(run, *items))
 
@@ -1407,7 +1409,8 @@ def test_fig1_claims_can_hold_and_fail_and_stay_undecided():
     assert verdicts(0.001)[0][0] == "NO"  # never memorised
     assert {row[3] for row in figure.claims(rows[1:9], args)} == {"not measured"}
     for nats, verdict in ((0.01, "yes"), (1.0, "NO")):  # a sample
-        real = [fabricated("real", "anneal", n, b, 0.99) | {"information": nats * n} for n in s["sizes"] for b in s["betas"]]
+        real = [fabricated("real", "anneal", n, b, 0.99) | {"information": nats * n}
+                for n in s["sizes"] for b in s["betas"]]
         assert figure.claims(real, args)[-1][3] == verdict
         bound = figure.mean_bounds(real, 3000)[0][1]
         assert bound == pytest.approx(pac_bayes_bound(0.01, nats * 3000, 3000, max_loss=1))
@@ -1600,7 +1603,8 @@ def test_fig4_runs_and_its_rows_keep_the_contract(runs):
     rows = [json.loads(line) for line in (folder / "fig4_cluttered_mnist-demo.jsonl").read_text().splitlines()]
     assert [r["beta"] for r in rows] == [0.001, 10.0]
     for r in rows:
-        assert {"test_acc", "i_zn", "i_zn_dv", "i_zn_nce", "i_zy", "bound", "information", "total_correlation"} <= set(r)
+        assert {"test_acc", "i_zn", "i_zn_dv", "i_zn_nce", "i_zy", "bound", "information",
+                "total_correlation"} <= set(r)
         assert r["layer_lower"] < r["layer_upper"] == pytest.approx(r["layer_lower"] + r["layer_dim"])
         assert r["bottleneck"] in [f"conv{i}" for i in range(2, 9)] and r["total_correlation"] >= 0
     assert rows[0]["information"] > rows[1]["information"] > 0 and rows[0]["bound"] > rows[1]["bound"] > 0
@@ -1622,7 +1626,7 @@ def test_fig4_bounds_a_layer_by_the_capacity_of_its_gaussian_units():
     for (name, bound), layer, place in zip(bounds.items(), noisy, places, strict=True):
         nats, capacity = layer.information().item() / layer.weight.numel(), 0.5 * math.log(6)
         assert bound == pytest.approx(place * layer.out_channels * (nats + 1), rel=1e-3)  # g + 1 a unit
-        assert capacity < nats < capacity + 0.64, "the divergence is over the capacity, so the bound errs upwards"
+        assert capacity < nats < capacity + 0.64  # where all alphas are alike the bound errs upwards
     full = figure.all_cnn()
     assert sum(p.numel() for m in (*full[0], *full[1]) if isinstance(m, nn.Conv2d) for name, p in m.named_parameters()
                if name != "log_sigma2") == 960 + 83_040 + 166_080 + 4 * 331_968 + 37_056 + 1930
@@ -1659,7 +1663,8 @@ def test_fig4_claims_can_hold_and_fail_and_stay_undecided():
     import fig4_cluttered_mnist as figure
     s, args = figure.SETTINGS["cpu"], types.SimpleNamespace(scale="cpu")
 
-    def verdicts(i_zn=(8, 6, 4, 3, 2, 1, 0.5), i_zy=(2.2,) * 5 + (1.8, 0.1), bound=1000, tc=(9, 8, 7, 6, 5, 4, 3), drop=0):
+    def verdicts(i_zn=(8, 6, 4, 3, 2, 1, 0.5), i_zy=(2.2,) * 5 + (1.8, 0.1), bound=1000, tc=(9, 8, 7, 6, 5, 4, 3),
+                 drop=0):
         rows = [dict(beta=beta, seed=seed, status="ok", i_zn=zn, i_zn_dv=zn, i_zn_nce=zn, i_zy=zy, bound=bound,
                      total_correlation=t)
                 for seed in (0, 1) for beta, zn, zy, t in zip(s["betas"], i_zn, i_zy, tc)]
@@ -1667,7 +1672,7 @@ def test_fig4_claims_can_hold_and_fail_and_stay_undecided():
 
     assert verdicts() == ["yes"] * 4 == verdicts(drop=1)  # the seed that is complete
     assert verdicts(i_zn=(8, 6, 6.05, 3, 2, 1, 0.5))[0] == "yes" and verdicts(i_zn=(8, 5, 5.2, 3, 2, 1, 0.5))[0] == "NO"
-    assert verdicts(i_zn=(8, 7, 6, 5, 4.5, 4.2, 4.1))[0] == "NO"  # by less than half
+    assert verdicts(i_zn=(8, 7, 6, 5, 4.2, 1, 0))[0] == "NO"  # by less than half where the label stays
     assert verdicts(i_zy=(2.2,) * 4 + (2.0, 1, 1))[1] == "NO" == verdicts(i_zy=(1.9,) * 7)[1]
     assert verdicts(bound=7)[2] == "NO" and verdicts(tc=(9, 8, 7, 6, 6.5, 4, 3))[3] == "NO"
     assert verdicts(i_zn=(math.nan,) * 7, i_zy=(math.nan,) * 7, bound=math.nan, tc=(math.nan,) * 7) == ["NO"] * 4
@@ -1699,7 +1704,7 @@ def test_fig5_runs_and_its_rows_keep_the_contract(runs):
 
 def test_fig5_keeps_real_faces_out_of_what_is_committed(tmp_path):
     import fig5_celeba_vae as figure
-    names, attributes = list(figure.SHOWN_ATTRIBUTES), np.arange(70 * 10).reshape(70, 10) % 3 % 2
+    names, attributes = list([*figure.FACE_LIKE, *figure.OTHERS]), np.arange(70 * 11).reshape(70, 11) % 3 % 2
     np.savez(tmp_path / "celeba64.npz", images=np.full((70, 64, 64, 3), 9, np.uint8), attrs=attributes,
              attr_names=names, partition=np.repeat([0, 1, 2], [40, 10, 20]))
     code = ("import sys; sys.argv = ['fig5_celeba_vae.py', '--scale', 'cpu', '--jobs', '1', '--seeds', '0', '--out', "
@@ -1826,17 +1831,19 @@ def test_fig5_claims_can_hold_and_fail_and_stay_undecided():
             probe = {name: 0.5 * (1 - t * (1 - (fade if name in figure.NUISANCES else stay)))
                      for name in common.FACE_FACTORS}
             rows.append(dict(beta=beta, seed=seed, status="ok", background_mse=level, spread_outside=0.2 + spread * t,
-                             attribute_agreement=least + 0.04 - fall * t, probe=probe))
+                             attribute_agreement=least + 0.04 - fall * t, majority_acc=0.82, probe=probe))
         args = types.SimpleNamespace(scale="cpu", dataset=dataset)
         return [row[3] for row in figure.claims(rows, args)]
 
-    assert verdicts() == verdicts(drop=1) == ["yes"] * 4  # the reference may be missing
-    assert verdicts(growth=0.45) == ["NO", "yes", "yes", "yes"]
-    assert verdicts(spread=-0.01) == ["yes", "NO", "yes", "NO"]
-    assert verdicts(fall=0.051, least=0.9) == verdicts(least=0.79) == ["yes", "yes", "NO", "yes"]
-    assert verdicts(fall=-0.01)[2:] == ["yes", "NO"]
-    assert verdicts(dent=0.2)[3] == "NO" and verdicts(dent=0.05)[3] == "yes"  # within the seeds' spread of 0.1
-    assert verdicts(growth=math.nan, spread=math.nan, fall=math.nan) == ["NO"] * 4
+    assert verdicts() == verdicts(drop=1) == ["yes"] * 5  # the reference may be missing
+    assert verdicts(growth=0.45) == ["NO", "yes", "yes", "yes", "yes"]
+    assert verdicts(spread=-0.01) == ["yes", "NO", "yes", "yes", "NO"]
+    assert verdicts(fall=0.051, least=0.9) == ["yes", "yes", "NO", "yes", "yes"]
+    assert verdicts(least=0.81) == ["yes", "yes", "yes", "NO", "yes"]
+    assert verdicts(least=0.79) == ["yes", "yes", "NO", "NO", "yes"]
+    assert verdicts(fall=-0.01)[2:] == ["yes", "yes", "NO"]
+    assert verdicts(dent=0.2)[4] == "NO" and verdicts(dent=0.05)[4] == "yes"  # within the seeds' spread of 0.1
+    assert verdicts(growth=math.nan, spread=math.nan, fall=math.nan) == ["NO"] * 5
     assert verdicts("synthetic") == ["yes"] * 4
     assert verdicts("synthetic", stay=0.4)[2:] == ["NO", "yes"] and verdicts("synthetic", fade=0.6)[2:] == ["yes", "NO"]
     assert verdicts("synthetic", stay=math.nan, fade=math.nan)[2:] == ["NO", "NO"]
