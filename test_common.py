@@ -1821,32 +1821,34 @@ def test_fig5_claims_can_hold_and_fail_and_stay_undecided():
     import types
 
     import fig5_celeba_vae as figure
-    betas = figure.SETTINGS["cpu"]["betas"]
+    betas, share = figure.SETTINGS["cpu"]["betas"], figure.outside_ellipse().float().mean().item()
 
-    def verdicts(dataset="celeba", growth=0.6, spread=0.1, fall=0.04, least=0.85, dent=0.0, stay=0.8, fade=0.4, drop=0):
+    def verdicts(dataset="celeba", growth=0.6, spread=0.1, fall=0.04, least=0.85, dent=0.0, stay=0.8, fade=0.4,
+                 inner=0.2, drop=0):
         rows = []
         for seed, (place, beta) in itertools.product((0, 1), list(enumerate(betas))[drop:]):
             t = (place - 1) / (len(betas) - 2)
             level = 0.1 * (seed + 1) * (1 + growth * t) - dent * (place == 3)
             probe = {name: 0.5 * (1 - t * (1 - (fade if name in figure.NUISANCES else stay)))
                      for name in common.FACE_FACTORS}
-            rows.append(dict(beta=beta, seed=seed, status="ok", background_mse=level, spread_outside=0.2 + spread * t,
+            whole = share * level + (1 - share) * 0.05 * (1 + inner * t)
+            rows.append(dict(beta=beta, seed=seed, status="ok", background_mse=level, reconstruction_mse=whole, spread_outside=0.2 + spread * t,
                              attribute_agreement=least + 0.04 - fall * t, majority_acc=0.82, probe=probe))
         args = types.SimpleNamespace(scale="cpu", dataset=dataset)
         return [row[3] for row in figure.claims(rows, args)]
 
-    assert verdicts() == verdicts(drop=1) == ["yes"] * 5  # the reference may be missing
-    assert verdicts(growth=0.45) == ["NO", "yes", "yes", "yes", "yes"]
-    assert verdicts(spread=-0.01) == ["yes", "NO", "yes", "yes", "NO"]
-    assert verdicts(fall=0.051, least=0.9) == ["yes", "yes", "NO", "yes", "yes"]
-    assert verdicts(least=0.81) == ["yes", "yes", "yes", "NO", "yes"]
-    assert verdicts(least=0.79) == ["yes", "yes", "NO", "NO", "yes"]
-    assert verdicts(fall=-0.01)[2:] == ["yes", "yes", "NO"]
-    assert verdicts(dent=0.2)[4] == "NO" and verdicts(dent=0.05)[4] == "yes"  # within the seeds' spread of 0.1
-    assert verdicts(growth=math.nan, spread=math.nan, fall=math.nan) == ["NO"] * 5
-    assert verdicts("synthetic") == ["yes"] * 4
-    assert verdicts("synthetic", stay=0.4)[2:] == ["NO", "yes"] and verdicts("synthetic", fade=0.6)[2:] == ["yes", "NO"]
-    assert verdicts("synthetic", stay=math.nan, fade=math.nan)[2:] == ["NO", "NO"]
+    assert verdicts() == verdicts(drop=1) == ["yes"] * 6  # the reference may be missing
+    assert verdicts(growth=0.45) == ["NO", "yes", "yes", "yes", "yes", "yes"]
+    assert verdicts(inner=0.7) == ["yes", "NO", "yes", "yes", "yes", "yes"]
+    assert verdicts(spread=-0.01) == ["yes", "yes", "NO", "yes", "yes", "NO"]
+    assert verdicts(fall=0.051, least=0.9)[3:] == ["NO", "yes", "yes"]
+    assert verdicts(least=0.81)[3:] == ["yes", "NO", "yes"] and verdicts(least=0.79)[3:] == ["NO", "NO", "yes"]
+    assert verdicts(fall=-0.01)[3:] == ["yes", "yes", "NO"]
+    assert verdicts(dent=0.2)[5] == "NO" and verdicts(dent=0.05)[5] == "yes"  # within the seeds' spread of 0.1
+    assert verdicts(growth=math.nan, spread=math.nan, fall=math.nan, inner=math.nan) == ["NO"] * 6
+    assert verdicts("synthetic") == ["yes"] * 5
+    assert verdicts("synthetic", stay=0.4)[3:] == ["NO", "yes"] and verdicts("synthetic", fade=0.6)[3:] == ["yes", "NO"]
+    assert verdicts("synthetic", stay=math.nan, fade=math.nan)[3:] == ["NO", "NO"]
     assert {*verdicts(drop=2), *verdicts("synthetic", drop=2)} == {"not measured"}
 
 
