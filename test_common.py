@@ -1262,9 +1262,9 @@ def test_sections_run_alone_under_the_import_block():
 
 
 # The demo settings of the figure scripts, cut down
-FIG1 = dict(sizes=(100, 200), betas=(0.01, 0.3, 10.0), steps=5, ladder=(0.1, 0.5, 1.0), rung=5, hysteresis=(100,),
-            below=(0.05,), test=100, batch=2000)
-FIG2 = dict(widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "ResNet": 1 / 2}, n_models=100, betas=(0.01, 10.0),
+FIG1 = dict(width=1 / 16, sizes=(100, 200), betas=(0.01, 0.3, 10.0), steps=5, ladder=(0.1, 0.5, 1.0), rung=5,
+            hysteresis=(100,), below=(0.05,), test=100, batch=2000)
+FIG2 = dict(widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "ResNet": 1 / 8}, n_models=100, betas=(0.01, 10.0),
             n=100, shares=(0.0, 0.5, 1.0), elsewhere=((50, 0.1),), steps=3, batch=2000, test=100)
 FIG3 = dict(n=20, test=20, batch=20, widths=(1 / 96, 1 / 32), width_steps=6, beta_width=1 / 32, beta_steps=6,
             betas=(0.01, 1.0, 100.0))
