@@ -1185,6 +1185,11 @@ def minibatches(n, batch, device):
         yield from torch.randperm(n, device=device)[:n - n % batch].split(batch)
 
 
+def annealed(t):
+    """Factor of the learning rate when the share t of the steps is gone: up over 10%, held to 80%, to 0 by a cosine."""
+    return min(1, t / 0.1 + 0.001) if t < 0.8 else 0.5 + 0.5 * math.cos(math.pi * (t - 0.8) / 0.2)
+
+
 def summarise(rows, x, y, **where):
     """[(x, mean, spread, count), ...] of key y over the finished rows that fit, by ascending x; spread: sample std."""
     groups = {}

@@ -28,8 +28,8 @@ import torch
 import torch.nn as nn
 from matplotlib.tri import Triangulation
 
-from common import (StochasticConv2d, StochasticLinear, accuracy, claim, complete_seeds, corrupt_labels, crossing,
-                    draw_subset, evaluate, ib_loss, label_information, load_objects, minibatches, new_figure,
+from common import (StochasticConv2d, StochasticLinear, accuracy, annealed, claim, complete_seeds, corrupt_labels,
+                    crossing, draw_subset, evaluate, ib_loss, label_information, load_objects, minibatches, new_figure,
                     pac_bayes_bound, parse_args, per_seed, plot_points, predict, print_claims, prior_divergence,
                     run_grid, sample_weights, save_figure, summarise, weight_information)
 
@@ -129,8 +129,7 @@ def train_cell(cell, device, args, progress):
         steps = max(s["steps"], 100 * n // s["batch"])
         for step in range(steps):
             t = step / steps
-            lr_scale = min(1, t / 0.1 + 0.001) if t < 0.8 else 0.5 + 0.5 * math.cos(math.pi * (t - 0.8) / 0.2)
-            loss = train_step(cell["beta"] * min(1, t / 0.4), lr_scale)
+            loss = train_step(cell["beta"] * min(1, t / 0.4), annealed(t))
             if step % 100 == 0 or step == steps - 1:
                 progress(step, steps, loss.item())
         return measure(model, cell["beta"], x, y, x_test, y_test)

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import (StochasticConv2d, StochasticLinear, claim, complete_seeds, corrupt_labels, crossing, draw_subset,
-                    evaluate, ib_loss, label_information, load_objects, minibatches, new_figure, parse_args, per_seed,
-                    plot_points, print_claims, run_grid, save_figure, summarise, weight_information)
+from common import (StochasticConv2d, StochasticLinear, annealed, claim, complete_seeds, corrupt_labels, crossing,
+                    draw_subset, evaluate, ib_loss, label_information, load_objects, minibatches, new_figure,
+                    parse_args, per_seed, plot_points, print_claims, run_grid, save_figure, summarise,
+                    weight_information)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings. `widths` are those of each network; the `shares` of corrupted labels are measured at `n` and `beta`, their
@@ -142,9 +143,8 @@ def train_cell(cell, device, args, progress):
     steps = max(s["steps"], 100 * n // s["batch"])
     for step in range(steps):
         t = step / steps
-        lr_scale = min(1, t / 0.1 + 0.001) if t < 0.8 else 0.5 + 0.5 * math.cos(math.pi * (t - 0.8) / 0.2)
         for group, lr in zip(optimizer.param_groups, (LR, LR_NOISE)):
-            group["lr"] = lr * lr_scale
+            group["lr"] = lr * annealed(t)
         index = next(batches)
         loss, _, _ = ib_loss(model(x[index]), y[index], model, cell["beta"] * min(1, t / 0.4), n)
         optimizer.zero_grad()

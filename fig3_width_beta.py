@@ -23,9 +23,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import (accuracy, calibrated, claim, complete_seeds, draw_subset, ib_loss, load_objects, minibatches,
-                    new_figure, parse_args, plot_points, predict, print_claims, run_grid, save_figure, summarise,
-                    to_stochastic, weight_information)
+from common import (accuracy, annealed, calibrated, claim, complete_seeds, draw_subset, ib_loss, load_objects,
+                    minibatches, new_figure, parse_args, plot_points, predict, print_claims, run_grid, save_figure,
+                    summarise, to_stochastic, weight_information)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: training and test images; widths and steps of the width panel; width, betas and steps of the beta panel
@@ -96,9 +96,8 @@ def train_cell(cell, device, args, progress):
     batches = minibatches(len(x), s["batch"], device)
     for step in range(steps):
         t = step / steps
-        lr_scale = min(1, t / 0.1 + 0.001) if t < 0.8 else 0.5 + 0.5 * math.cos(math.pi * (t - 0.8) / 0.2)
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * lr_scale
+            group["lr"] = rate * annealed(t)
         index = next(batches)
         if beta is None:
             loss = nn.functional.cross_entropy(model(x[index]), y[index])

@@ -16,7 +16,6 @@ normalisation cannot cancel it. I(z;n) is estimated on digits and masks that nei
 log-ratio of a discriminator (plug-in), by Donsker and Varadhan's bound and by InfoNCE, from the same scores.
 """
 import functools
-import math
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +23,11 @@ import torch
 import torch.nn as nn
 from einops import rearrange
 
-from common import (StochasticConv2d, accuracy, add_clutter, calibrated, channel_statistics, claim, complete_seeds,
-                    density_ratio_information, draw_subset, ib_loss, label_information, layer_information,
-                    layer_information_bound, load_mnist, minibatches, new_figure, parse_args, plot_points, predict,
-                    print_claims, run_grid, save_figure, summarise, synthetic_digits, total_correlation,
-                    weight_information)
+from common import (StochasticConv2d, accuracy, add_clutter, annealed, calibrated, channel_statistics, claim,
+                    complete_seeds, density_ratio_information, draw_subset, ib_loss, label_information,
+                    layer_information, layer_information_bound, load_mnist, minibatches, new_figure, parse_args,
+                    plot_points, predict, print_claims, run_grid, save_figure, summarise, synthetic_digits,
+                    total_correlation, weight_information)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings. `n` digits train the classifier, `pairs` of them, under new clutter, the discriminator, but for the last
@@ -119,9 +118,8 @@ def train_cell(cell, device, args, progress):
     batches = minibatches(s["n"], s["batch"], device)
     for step in range(s["steps"]):
         t = step / s["steps"]
-        lr_scale = min(1, t / 0.1 + 0.001) if t < 0.8 else 0.5 + 0.5 * math.cos(math.pi * (t - 0.8) / 0.2)
         for group, lr in zip(optimizer.param_groups, (LR, LR_NOISE)):
-            group["lr"] = lr * lr_scale
+            group["lr"] = lr * annealed(t)
         index = next(batches)
         loss, _, _ = ib_loss(model(draw(x[index])[0]), y[index], model, beta * min(1, t / 0.4), s["n"])
         optimizer.zero_grad()

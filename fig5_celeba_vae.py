@@ -33,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from common import (FACE_ATTRIBUTES, FACE_ELLIPSE, FACE_FACTORS, claim, complete_seeds, ib_loss, load_celeba,
+from common import (FACE_ATTRIBUTES, FACE_ELLIPSE, FACE_FACTORS, annealed, claim, complete_seeds, ib_loss, load_celeba,
                     minibatches, new_figure, parse_args, per_seed, plot_points, predict, print_claims, run_grid,
                     sample_weights, save_figure, summarise, synthetic_faces, to_stochastic, weight_information)
 
@@ -58,8 +58,9 @@ LR, LR_NOISE = 2e-3, 0.04  # Adam's learning rates of the means and of log sigma
 BLIND, PRICE, FULL = 0.4, 100, 0.8
 DRAWS, SHOWN = 4, 6  # draws of u for each held-out face, and held-out faces in the picture
 NUISANCES = ("hair_style", "background", "pose")  # factors of the synthetic faces that no attribute tells
-FACE_LIKE = ("Male", "Smiling", "Eyeglasses", "Blond_Hair", "Black_Hair", "Wearing_Lipstick")  # in the plot; all 40
-OTHERS = ("Wavy_Hair", "Wearing_Hat", "Wearing_Necktie", "Wearing_Earrings", "Blurry")  # are in the rows
+# Attributes in two panels of the plot; the rows have all 40.
+FACE_LIKE = ("Male", "Smiling", "Eyeglasses", "Blond_Hair", "Black_Hair", "Wearing_Lipstick")
+OTHERS = ("Wavy_Hair", "Wearing_Hat", "Wearing_Necktie", "Wearing_Earrings", "Blurry")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -170,9 +171,8 @@ def fit(model, loss_at, steps, progress):
     model.train()
     for step in range(steps):
         t = step / steps
-        lr_scale = min(1, t / 0.1 + 0.001) if t < 0.8 else 0.5 + 0.5 * np.cos(np.pi * (t - 0.8) / 0.2)
         for group, lr in zip(optimizer.param_groups, (LR, LR_NOISE)):
-            group["lr"] = lr * lr_scale
+            group["lr"] = lr * annealed(t)
         loss = loss_at(t)
         optimizer.zero_grad()
         loss.backward()

@@ -1436,6 +1436,11 @@ def test_minibatches_go_through_every_sample_once_an_epoch():
     assert len(next(minibatches(10, 100, "cpu"))) == 10
 
 
+def test_annealed_rises_holds_and_ends_at_zero():
+    assert [common.annealed(t) for t in (0.0, 0.05, 0.1, 0.5, 0.8, 0.9)] == pytest.approx([0.001, 0.501, 1, 1, 1, 0.5])
+    assert common.annealed(1.0) == pytest.approx(0, abs=1e-12)
+
+
 def test_crossing_is_where_a_curve_falls_through_a_level():
     assert common.crossing([(0.1, 0.9), (10, 0.1), (100, 0.9), (1000, 0)], 0.5) == pytest.approx(1.0)
     assert math.isnan(common.crossing([(0.1, 0.4), (1, 0.6)], 0.5)) and math.isnan(common.crossing([], 0.5))
@@ -1704,7 +1709,7 @@ def test_fig5_runs_and_its_rows_keep_the_contract(runs):
 
 def test_fig5_keeps_real_faces_out_of_what_is_committed(tmp_path):
     import fig5_celeba_vae as figure
-    names, attributes = list([*figure.FACE_LIKE, *figure.OTHERS]), np.arange(70 * 11).reshape(70, 11) % 3 % 2
+    names, attributes = [*figure.FACE_LIKE, *figure.OTHERS], np.arange(70 * 11).reshape(70, 11) % 3 % 2
     np.savez(tmp_path / "celeba64.npz", images=np.full((70, 64, 64, 3), 9, np.uint8), attrs=attributes,
              attr_names=names, partition=np.repeat([0, 1, 2], [40, 10, 20]))
     code = ("import sys; sys.argv = ['fig5_celeba_vae.py', '--scale', 'cpu', '--jobs', '1', '--seeds', '0', '--out', "
