@@ -1,14 +1,18 @@
 """Tests of common.py and of the figure scripts: pytest test_common.py. They need neither network nor data/."""
 import copy
+import importlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent import futures
 from pathlib import Path
@@ -1068,8 +1072,48 @@ if __name__ == "__main__":
 '''
 
 
+# Every run has a process of its own. Most of a short one is imports: on Linux it is forked from a process that has done
+# them and nothing else.
+CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+if sys.platform == "linux":
+    CONTEXT.set_forkserver_preload(["test_common", "matplotlib.pyplot"])
+
+
+class Run:
+    """python <script> <arguments> in a process of its own, its SETTINGS updated first: {scale: {name: value}}."""
+
+    def __init__(self, script, *arguments, settings=None):
+        self.command, self.folder = [str(script), *arguments], tempfile.TemporaryDirectory()
+        self.process = CONTEXT.Process(target=run_script, args=(self.command, self.folder.name, settings))
+        self.process.start()
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout=240):
+        """CompletedProcess with what it printed."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"{self.command} has not ended in {timeout} s"
+        printed = [Path(self.folder.name, name).read_text() for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess(self.command, self.process.exitcode, *printed)
+
+
+def run_script(command, folder, settings):
+    os.chdir(HERE)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = command
+    if settings is None:
+        runpy.run_path(command[0], run_name="__main__")
+    else:
+        figure = importlib.import_module(Path(command[0]).stem)
+        for scale, values in settings.items():
+            figure.SETTINGS[scale].update(values)
+        figure.main()
+
+
 def side_by_side(run, *items):
-    """[run(item), ...] for runs that wait for processes of their own, two at a time: most of each is imports."""
+    """[run(item), ...] for runs that wait for processes of their own, two at a time."""
     with futures.ThreadPoolExecutor(2) as pool:
         return list(pool.map(run, *items))
 
@@ -1080,14 +1124,11 @@ class Toy:
         self.script.write_text(TOY.format(here=str(HERE), sleep=sleep, log=str(self.log), betas=betas))
         self.path = self.out / "toy-demo.jsonl"
 
-    def command(self, *arguments):
-        return [sys.executable, str(self.script), "--scale", "demo", "--out", str(self.out), *arguments]
-
-    def run(self, *arguments, **options):
-        return subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=120, **options)
-
     def start(self, *arguments):
-        return subprocess.Popen(self.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return Run(self.script, "--scale", "demo", "--out", str(self.out), *arguments)
+
+    def run(self, *arguments):
+        return self.start(*arguments).wait()
 
     def rows(self, name="toy-demo.jsonl"):
         return [json.loads(line) for line in (self.out / name).read_text().splitlines()]
@@ -1127,10 +1168,10 @@ def test_numbers_are_the_same_with_jobs(tmp_path):
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_kill_and_torn_line_lose_nothing_finished_and_repeat_nothing(tmp_path, jobs):
     toy = Toy(tmp_path, sleep=0.4, betas="1, 2, 3, 4, 5")
-    process = toy.start("--jobs", jobs)
+    run = toy.start("--jobs", jobs)
     toy.wait_for_rows(2)
-    process.kill()
-    process.communicate()
+    run.send_signal(signal.SIGKILL)
+    run.wait()
     time.sleep(1.5)  # workers notice that their parent is gone
     saved, logged = toy.rows(), toy.log.read_text().split()
     with open(toy.path, "a") as file:
@@ -1148,8 +1189,8 @@ def test_two_runs_do_not_write_one_file(tmp_path):
     first = toy.start("--jobs", "1")
     toy.wait_for_rows(1)
     second = toy.run("--jobs", "1")
-    first.kill()
-    first.communicate()
+    first.send_signal(signal.SIGKILL)
+    first.wait()
     assert second.returncode == 2 and "another run" in second.stderr and second.stderr.count("\n") == 1
     assert len({r["beta"] for r in toy.rows()}) == len(toy.rows())
 
@@ -1157,18 +1198,18 @@ def test_two_runs_do_not_write_one_file(tmp_path):
 def test_ctrl_c_ends_with_130_and_says_what_is_saved(tmp_path):
     for jobs in ("1", "2"):
         toy = Toy(tmp_path, sleep=0.3, betas="1, 2, 3, 4, 5, 7, 8, 9")
-        process = toy.start("--jobs", jobs)
+        run = toy.start("--jobs", jobs)
         toy.wait_for_rows(1)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=30)
-        assert process.returncode == 130 and str(toy.out) in error and "Traceback" not in error
+        run.send_signal(signal.SIGINT)
+        result = run.wait(timeout=30)
+        assert result.returncode == 130 and str(toy.out) in result.stderr and "Traceback" not in result.stderr
         toy.path.unlink()
 
 
 def test_shards_run_side_by_side_and_are_read_together(tmp_path):
     toy = Toy(tmp_path, sleep=0.2, betas="1, 2, 3, 4, 5")
-    processes = [toy.start("--jobs", "1", "--shard", shard) for shard in ("1/2", "2/2")]
-    assert [p.wait(timeout=60) for p in processes] == [0, 0]
+    runs = [toy.start("--jobs", "1", "--shard", shard) for shard in ("1/2", "2/2")]
+    assert [run.wait(timeout=60).returncode for run in runs] == [0, 0]
     first, second = (toy.rows(f"toy-demo.{i}-of-2.jsonl") for i in (1, 2))
     assert [r["beta"] for r in first] == [1, 3, 5] and [r["beta"] for r in second] == [2, 4]
     assert not toy.path.exists()
@@ -1227,7 +1268,9 @@ def test_unwritable_folder_and_full_disk_end_in_one_line(tmp_path):
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and str(toy.out) in result.stderr
     toy.out.unlink()
     limit = 400  # bytes that a file may have: the second row does not fit
-    result = toy.run("--jobs", "1", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    result = subprocess.run([sys.executable, str(toy.script), "--scale", "demo", "--out", str(toy.out), "--jobs", "1"],
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+                            capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
     result = toy.run("--jobs", "1")
     assert result.returncode == 0 and sorted(r["beta"] for r in toy.rows()) == [1, 2, 3, 4]
@@ -1290,10 +1333,9 @@ RUNS = {  # what the tests whose names begin so look at: runs of a script, one a
 
 
 def run_tiny(script, settings, out, *arguments):
-    """Run a figure script as a subprocess with its demo settings cut down."""
-    code = (f"import sys; sys.argv = [{script + '.py'!r}, '--scale', 'demo', '--jobs', '1', '--out', {str(out)!r}, "
-            f"*{arguments!r}]; import {script} as figure; figure.SETTINGS['demo'].update({settings!r}); figure.main()")
-    return subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=240)
+    """Run a figure script in a process of its own with its demo settings cut down."""
+    return Run(f"{script}.py", "--scale", "demo", "--jobs", "1", "--out", str(out), *arguments,
+               settings={"demo": settings}).wait()
 
 
 def looks_at(test, name):
@@ -1712,10 +1754,8 @@ def test_fig5_keeps_real_faces_out_of_what_is_committed(tmp_path):
     names, attributes = [*figure.FACE_LIKE, *figure.OTHERS], np.arange(70 * 11).reshape(70, 11) % 3 % 2
     np.savez(tmp_path / "celeba64.npz", images=np.full((70, 64, 64, 3), 9, np.uint8), attrs=attributes,
              attr_names=names, partition=np.repeat([0, 1, 2], [40, 10, 20]))
-    code = ("import sys; sys.argv = ['fig5_celeba_vae.py', '--scale', 'cpu', '--jobs', '1', '--seeds', '0', '--out', "
-            f"{str(tmp_path / 'out')!r}, '--data-dir', {str(tmp_path)!r}]; import fig5_celeba_vae as figure; "
-            f"figure.SETTINGS['cpu'].update({FIG5 | {'betas': (0.1, 10.0)}!r}); figure.main()")
-    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    result = Run("fig5_celeba_vae.py", "--scale", "cpu", "--jobs", "1", "--seeds", "0", "--out", str(tmp_path / "out"),
+                 "--data-dir", str(tmp_path), settings={"cpu": FIG5 | {"betas": (0.1, 10.0)}}).wait()
     assert result.returncode == 0 and result.stderr == "", result.stderr
     written = {path.name for path in (tmp_path / "out").iterdir()}
     faces = {name for name in written if "faces" in name}
@@ -1870,9 +1910,8 @@ def test_committed_results_redraw(tmp_path):
     figures = sorted({path.name.split("-cpu")[0] for path in paths if path.name.count("-") == 1})
     for path in paths:
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    results = side_by_side(lambda figure: subprocess.run(
-        [sys.executable, f"{figure}.py", "--scale", "cpu", "--plot-only", "--out", str(tmp_path)], cwd=HERE,
-        capture_output=True, text=True, timeout=120), figures)
+    results = side_by_side(lambda figure: Run(
+        f"{figure}.py", "--scale", "cpu", "--plot-only", "--out", str(tmp_path)).wait(), figures)
     for figure, result in zip(figures, results):
         assert result.returncode == 0 and result.stderr == "" and "| claim |" in result.stdout, (figure, result.stderr)
         assert (tmp_path / f"{figure}-cpu.png").stat().st_size > 10_000
