@@ -9,9 +9,9 @@ before the read-out, is drawn from p(z|x) with the noise on. With the classifier
 q(u|x,z), u ~ N(0, I) learns to paint the face; the paper has a GAN with a reconstruction term. On held-out faces u is
 drawn anew from the prior: what z does not hold is invented. Expected (paper, Fig. 5, pictures without numbers): at
 small beta x^ is the face with its background; at large beta the attributes stay, background, hair style and the rest
-are new. Measured at cpu scale, one seed: from beta = 0.03 to 0.7 the error of the background grows by 61% (that of the
-face as much), agreement on the attributes falls from 88.0% to 86.9%. The demo shows it in z, read by a probe; its VAE
-trains too briefly to show it in x^, and the claims say so.
+are new. Measured at cpu scale, two seeds: from beta = 0.03 to 0.7 the error of the background grows by 61% and 39% (that
+of the face no less), agreement on the attributes falls from 88.0% to 86.8%. The demo shows it in z, read by a probe; its
+VAE trains too briefly to show it in x^, and the claims say so.
 
 What is measured, on held-out faces: errors and spreads of x^ in pixels from -1 to 1, the background being what lies
 outside a centred ellipse; attribute agreement: whether a judge, a classifier without noise and trained on other faces,
@@ -50,7 +50,7 @@ SETTINGS = {
                   synthetic=(20_000, 4000), test=4000, judge_steps=10_000, classifier_steps=20_000, vae_steps=60_000,
                   batch=128),
 }
-SEEDS = {"demo": [0], "cpu": [0], "paper": [0, 1, 2]}
+SEEDS = {"demo": [0], "cpu": [0, 1], "paper": [0, 1, 2]}
 DATASETS = {"demo": ["synthetic"], "cpu": ["celeba", "synthetic"], "paper": ["celeba", "synthetic"]}
 LR, LR_NOISE = 2e-3, 0.04  # Adam's learning rates of the means and of log sigma^2
 # The VAE first learns to read z, which is free: for the first BLIND of its steps u knows nothing of x, then a nat of u
@@ -437,7 +437,8 @@ def plot_faces(ax, pictures):
 def plot_curves(axes, rows):
     """Six panels over beta; the dotted lines are the reference, beta = 0."""
     attributes, error, spread, nats, *survivors = axes
-    synthetic, best = "probe" in rows[0], max(r["elbo"] for r in rows)
+    synthetic = "probe" in rows[0]
+    best = {seed: max(r["elbo"] for r in rows if r["seed"] == seed) for seed in {r["seed"] for r in rows}}
 
     def curve(ax, value, label, colour, fmt="o-"):
         points = summarise([dict(r, value=value(r)) for r in rows], "beta", "value")
@@ -459,7 +460,7 @@ def plot_curves(axes, rows):
     for key, label, colour in (("majority_acc", "each attribute's majority", "0.6"),
                                ("judge_acc", "seen in x by the judge", "0.3")):
         attributes.axhline(np.mean([r[key] for r in rows]), color=colour, ls="-.", label=label)
-    curve(nats, lambda r: best - r["elbo"], "−log p(x|z) ≤ this + a constant", "C4")
+    curve(nats, lambda r: best[r["seed"]] - r["elbo"], "−log p(x|z) ≤ this + a constant", "C4")
     curve(nats, lambda r: r["information"] / r["n"], "information in the weights, per face", "C0")
     attributes.set(ylabel="accuracy (a fraction)", title="attributes")
     error.set(ylabel="mean (x̂ − x)², pixels in [−1, 1]", title="error of x̂, u from the prior")
