@@ -315,7 +315,7 @@ def fit_information(rows):
 
 def best_beta(rows, n):
     """Beta of the best test accuracy on real labels: for the record only, it is chosen on the test set."""
-    return max(summarise(rows, "beta", "test_acc", labels="real", n=n), key=lambda p: p[1], default=[math.nan])[0]
+    return max(summarise(rows, "beta", "test_acc", labels="real", n=n), key=lambda p: p[1])[0]
 
 
 def information_beta(settings):
@@ -429,10 +429,13 @@ def main():
     rows = run_grid(random + ladders + real, train_cell, args, load_data)
     plot(rows, args)
     print_claims(claims(rows, args))
+    sizes = sorted({r["n"] for r in rows if r["labels"] == "real" and r["status"] == "ok"})
+    if not sizes:
+        return
     print("\nfor the record, chosen on the test set: β of the best test accuracy on real labels:",
-          "; ".join(f"N={n:,} {best_beta(rows, n):g}" for n in s["sizes"]))
+          "; ".join(f"N={n:,} {best_beta(rows, n):g}" for n in sizes))
     print("\nreal labels, error of sampled weights, at β: train set / test set / what eq. 7 would bound it by")
-    for n in s["sizes"]:
+    for n in sizes:
         errors = [[1 - p[1] for p in summarise(rows, "beta", key, labels="real", n=n)]
                   for key in ("train_acc", "test_acc_sampled")]
         print(f"N = {n:,} |", "; ".join(f"{beta:g}: {train:.0%} / {test:.0%} / {bound:.0%}" for train, test, (

@@ -246,8 +246,9 @@ def main():
     plot(rows, args)
     print_claims(claims(rows, args))
     best, best_sampled = (lowest(complete_seeds(rows, beta), "beta", key) for key in ("test_acc", "test_acc_sampled"))
-    print(f"\nfor the record, on the test set: test error is lowest at β = {best:.2g} with mean weights, "
-          f"at {best_sampled:.2g} with sampled ones")
+    if math.isfinite(best):
+        print(f"\nfor the record, on the test set: test error is lowest at β = {best:.2g} with mean weights, "
+              f"at {best_sampled:.2g} with sampled ones")
 
 
 if __name__ == "__main__":
