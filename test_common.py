@@ -1093,7 +1093,9 @@ class Run:
     def wait(self, timeout=240):
         """CompletedProcess with what it printed."""
         self.process.join(timeout)
-        assert self.process.exitcode is not None, f"{self.command} has not ended in {timeout} s"
+        if self.process.is_alive():
+            self.process.kill()
+            raise TimeoutError(f"{self.command} has not ended in {timeout} s")
         printed = [Path(self.folder.name, name).read_text() for name in ("stdout", "stderr")]
         return subprocess.CompletedProcess(self.command, self.process.exitcode, *printed)
 
