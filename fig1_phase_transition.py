@@ -1,6 +1,6 @@
 """Fig. 1: a network memorises random labels while beta < 1, and stops at once when the price of information is higher.
 
-    python fig1_phase_transition.py --scale demo     # synthetic images, 1.5 minutes on 2 cores
+    python fig1_phase_transition.py --scale demo     # synthetic images, 1.5 to 2.3 minutes on 2 cores
     python fig1_phase_transition.py --scale cpu      # CIFAR-10, 1/4 width, about 2 hours on 2 cores
     python fig1_phase_transition.py --gpu 0          # CIFAR-10, the paper's network and N up to 50,000
     python fig1_phase_transition.py --scale cpu --certificates --seeds 0    # PAC-Bayes bounds, 6 minutes; also mnist

@@ -1,6 +1,6 @@
 """Fig. 2: random labels are memorised while beta < 1 whatever the network, and each costs its nats of information.
 
-    python fig2_corrupted_labels.py --scale demo     # synthetic images, 1.5 minutes on 2 cores
+    python fig2_corrupted_labels.py --scale demo     # synthetic images, 1.5 to 2 minutes on 2 cores
     python fig2_corrupted_labels.py --scale cpu      # CIFAR-10, small networks, about an hour on 2 cores
     python fig2_corrupted_labels.py --gpu 0          # CIFAR-10, the paper's N = 10,000 and 30,000
 

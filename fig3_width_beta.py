@@ -1,6 +1,6 @@
 """Fig. 3: more weights do not overfit, more information does: the U of the bias-variance trade-off is against beta.
 
-    python fig3_width_beta.py --scale demo     # synthetic images, 1.5 minutes on 2 cores
+    python fig3_width_beta.py --scale demo     # synthetic images, 1.5 to 2.4 minutes on 2 cores
     python fig3_width_beta.py --scale cpu      # 5,000 images of CIFAR-10, 1/16 to 1/2 width, 50 minutes on 2 cores
     python fig3_width_beta.py --gpu 0          # CIFAR-10, the paper's widths 1/4 to 3 and 11 values of beta
 

@@ -1,6 +1,6 @@
 """Fig. 5: the higher the price of information, the less a representation remembers of a face beyond its attributes.
 
-    python fig5_celeba_vae.py --scale demo     # synthetic faces, 1.8 minutes on 2 cores
+    python fig5_celeba_vae.py --scale demo     # synthetic faces, 1.8 to 2.3 minutes on 2 cores
     python fig5_celeba_vae.py --scale cpu      # the CelebA that data/ holds, about 40 minutes a seed on 2 cores
     python fig5_celeba_vae.py --gpu 0          # CelebA, all of it (written for it, not yet run on one)
 
