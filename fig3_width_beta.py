@@ -18,7 +18,6 @@ A stochastic step costs 1.02 to 1.1 times a plain one (1/16 to 1/2 width, batch 
 """
 import math
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn

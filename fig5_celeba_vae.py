@@ -9,9 +9,9 @@ before the read-out, is drawn from p(z|x) with the noise on. With the classifier
 q(u|x,z), u ~ N(0, I) learns to paint the face; the paper has a GAN with a reconstruction term. On held-out faces u is
 drawn anew from the prior: what z does not hold is invented. Expected (paper, Fig. 5, pictures without numbers): at
 small beta x^ is the face with its background; at large beta the attributes stay, background, hair style and the rest
-are new. Measured at cpu scale, two seeds: from beta = 0.03 to 0.7 the error of the background grows by 61% and 39% (that
-of the face no less), agreement on the attributes falls from 88.0% to 86.8%. The demo shows it in z, read by a probe; its
-VAE trains too briefly to show it in x^, and the claims say so.
+are new. Measured at cpu scale, two seeds: from beta = 0.03 to 0.7 the error of the background grows by 61% and 39%
+(that of the face no less), agreement on the attributes falls from 88.0% to 86.8%. The demo shows it in z, read by a
+probe; its VAE trains too briefly to show it in x^, and the claims say so.
 
 What is measured, on held-out faces: errors and spreads of x^ in pixels from -1 to 1, the background being what lies
 outside a centred ellipse; attribute agreement: whether a judge, a classifier without noise and trained on other faces,
@@ -26,7 +26,6 @@ import copy
 import functools
 import os
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn

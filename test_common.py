@@ -1083,7 +1083,7 @@ class Run:
     """python <script> <arguments> in a process of its own, its SETTINGS updated first: {scale: {name: value}}."""
 
     def __init__(self, script, *arguments, settings=None):
-        self.command, self.folder = [str(script), *arguments], tempfile.TemporaryDirectory()
+        self.command, self.folder = [script, *arguments], tempfile.TemporaryDirectory()
         self.process = CONTEXT.Process(target=run_script, args=(self.command, self.folder.name, settings))
         self.process.start()
 
@@ -1125,9 +1125,10 @@ class Toy:
         self.script, self.log, self.out = folder / "toy.py", folder / "log", folder / "out"
         self.script.write_text(TOY.format(here=str(HERE), sleep=sleep, log=str(self.log), betas=betas))
         self.path = self.out / "toy-demo.jsonl"
+        self.command = [str(self.script), "--scale", "demo", "--out", str(self.out)]
 
     def start(self, *arguments):
-        return Run(self.script, "--scale", "demo", "--out", str(self.out), *arguments)
+        return Run(*self.command, *arguments)
 
     def run(self, *arguments):
         return self.start(*arguments).wait()
@@ -1270,9 +1271,8 @@ def test_unwritable_folder_and_full_disk_end_in_one_line(tmp_path):
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and str(toy.out) in result.stderr
     toy.out.unlink()
     limit = 400  # bytes that a file may have: the second row does not fit
-    result = subprocess.run([sys.executable, str(toy.script), "--scale", "demo", "--out", str(toy.out), "--jobs", "1"],
-                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-                            capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, *toy.command, "--jobs", "1"], capture_output=True, text=True, timeout=120,
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
     result = toy.run("--jobs", "1")
     assert result.returncode == 0 and sorted(r["beta"] for r in toy.rows()) == [1, 2, 3, 4]
@@ -1879,8 +1879,9 @@ def test_fig5_claims_can_hold_and_fail_and_stay_undecided():
             probe = {name: 0.5 * (1 - t * (1 - (fade if name in figure.NUISANCES else stay)))
                      for name in common.FACE_FACTORS}
             whole = share * level + (1 - share) * 0.05 * (1 + inner * t)
-            rows.append(dict(beta=beta, seed=seed, status="ok", background_mse=level, reconstruction_mse=whole, spread_outside=0.2 + spread * t,
-                             attribute_agreement=least + 0.04 - fall * t, majority_acc=0.82, probe=probe))
+            rows.append(dict(beta=beta, seed=seed, status="ok", background_mse=level, reconstruction_mse=whole,
+                             spread_outside=0.2 + spread * t, attribute_agreement=least + 0.04 - fall * t,
+                             majority_acc=0.82, probe=probe))
         args = types.SimpleNamespace(scale="cpu", dataset=dataset)
         return [row[3] for row in figure.claims(rows, args)]
 
