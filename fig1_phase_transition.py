@@ -40,7 +40,7 @@ GRID = {
         *({"labels": "random", "n": n, "beta": beta, "budget": budget, "seed": 0}
           for n in (100, 300, 1000, 3000) for budget in (0.25, 0.5, 2) for beta in (0.5, 0.7, 0.8)),
         *({"labels": "random", "n": n, "beta": beta, "prior": "gaussian", "seed": 0}
-          for n in (100, 300, 1000) for beta in (0.1, 0.3, 0.5)),
+          for n in (100, 300, 1000) for beta in (0.05, 0.1, 0.2)),
         *({"labels": labels, "n": 10_000, "beta": beta, "seed": 0}
           for labels, betas in (("random", BETAS), ("real", REAL_BETAS)) for beta in betas)]),
     "paper": dict(sizes=(100, 300, 1000, 3000, 10_000, 30_000, 50_000), random=BETAS,
