@@ -132,11 +132,13 @@ def train_cell(cell, device, args, progress):
 @torch.no_grad()
 def measure(model, information, beta, batch, x, y, x_test, y_test):
     """What a row holds. Accuracies and cross-entropies of sampled weights unless named mean."""
-    n, batch, nats = len(x), min(batch, len(x)), []
+    n, batch, nats, right = len(x), min(batch, len(x)), [], []
     model.train()
     for _ in range(max(1, 4000 // n)):  # batch statistics and a new sample per batch, as in training
         for index in torch.randperm(n, device=x.device)[:n - n % batch].split(batch):
-            nats.append(F.cross_entropy(model(x[index]), y[index]).item())
+            logits = model(x[index])
+            nats.append(F.cross_entropy(logits, y[index]).item())
+            right.append(accuracy(logits, y[index]))
     passes = max(1, 2000 // n)
     with bn_recalibrated(model, x.split(100) * passes, draw=True):
         logits = torch.cat([predict(model, x) for _ in range(passes)])
@@ -147,7 +149,8 @@ def measure(model, information, beta, batch, x, y, x_test, y_test):
     labels = y.repeat(passes)
     cross_entropy_batch = float(np.mean(nats))
     return {"objective": cross_entropy_batch + beta * information / n,
-            "train_acc": accuracy(logits, labels), "train_acc_mean": train_mean,
+            "train_acc": accuracy(logits, labels),
+            "train_acc_batch": float(np.mean(right)), "train_acc_mean": train_mean,
             "test_acc": test_mean, "test_acc_sampled": test_sampled,
             "cross_entropy": F.cross_entropy(logits, labels).item(),
             "cross_entropy_batch": cross_entropy_batch, "information": information}
