@@ -40,10 +40,8 @@ from torch.optim.swa_utils import update_bn
 # Adam's moments of pruned weights decay into denormals, which slow a CPU several times.
 torch.set_flush_denormal(True)
 
-# ==================================================================================================
-# 1. Stochastic layers
-# ==================================================================================================
-# w = w_mean * eps with noise eps of mean one and one learned alpha per weight: eps ~ N(1, alpha), or
+# === 1. Stochastic layers =========================================================================
+# w = w_mean * eps with noise of mean one and a learned alpha per weight: eps ~ N(1, alpha), or
 # log eps ~ N(-alpha/2, alpha). The parameter is log sigma^2 = log alpha + log w_mean^2, so that a
 # step of the mean leaves the size of the noise as it is.
 
@@ -157,12 +155,11 @@ class _StochasticWeight:
         return self.log_sigma2 - F.relu(log_alpha - self.max_log_alpha).detach()
 
     def information(self):
-        """Upper bound I~(w;D) on what this layer's weights hold about the data: 0-d tensor, nats.
+        """Upper bound I~(w;D) on the information in this layer's weights: 0-d tensor, nats.
 
-        KL(q(w|D) || log-uniform prior), summed over the weights (Prop. 4.1). The prior is improper,
-        so the constant C is a choice: a weight at the largest alpha (the cap, else infinity) holds
-        zero nats. Gaussian: the approximation of Molchanov et al. (2017), off by at most 0.0095
-        nats per weight; log-normal: (max_log_alpha - log alpha)/2.
+        KL from the log-uniform prior, summed over the weights (Prop. 4.1). The prior is improper,
+        so C is a choice: a weight at the largest alpha (the cap, else infinity) holds zero nats.
+        The Gaussian's approximation is off by at most 0.0095 nats per weight.
         """
         if self.noise == "lognormal":
             return 0.5 * (self.max_log_alpha - self.log_alpha).sum()
@@ -212,13 +209,12 @@ class _StochasticWeight:
 class StochasticLinear(_StochasticWeight, nn.Linear):
     """nn.Linear with multiplicative noise on its weights, one learned alpha each (Sec. 4).
 
-    noise: "gaussian", eps ~ N(1, alpha), or "lognormal", log eps ~ N(-alpha/2, alpha).
-    local: True samples the pre-activations, with independent noise for every example (local
-    reparametrisation, Kingma et al. 2015); log-normal noise has no exact local form, so its mean
-    and variance are matched (central limit). False draws one weight sample per forward.
+    noise: "gaussian" or "lognormal". local: True samples the pre-activations, independently for
+    every example (local reparametrisation, Kingma et al. 2015; log-normal noise has no exact local
+    form: its mean and variance are matched); False draws one weight sample per forward.
     log_alpha: initial value. max_log_alpha: cap; None is no cap, or 1 for log-normal noise.
     train() draws noise, eval() uses the means; see sample_weights. Extra parameter: log_sigma2,
-    shape of weight. (..., in_features) -> (..., out_features). ValueError for an unknown noise.
+    shape of weight. ValueError for an unknown noise.
     """
 
     def __init__(self, in_features, out_features, bias=True, *, noise="gaussian", local=True,
@@ -233,8 +229,7 @@ class StochasticLinear(_StochasticWeight, nn.Linear):
 class StochasticConv2d(_StochasticWeight, nn.Conv2d):
     """nn.Conv2d with multiplicative noise on its weights; the options of StochasticLinear.
 
-    local=False by default: one weight sample per forward costs next to nothing. local=True costs a
-    second convolution, and treats the noise of positions that share weights as independent.
+    local=True costs a second convolution, and treats the noise at all positions as independent.
     """
 
     def __init__(self, *args, noise="gaussian", local=False, log_alpha=-6.0, max_log_alpha=None,
@@ -252,9 +247,8 @@ def to_stochastic(module, *, skip=(), noise="gaussian", local=None, log_alpha=-6
 
     Weights, device, dtype, hooks, names and eval-mode outputs stay; shared layers stay shared.
     skip: names, as in named_modules(), of layers or blocks to leave alone. local: None for each
-    layer's default. Subclasses of the two stay plain, as do the projections of
-    nn.MultiheadAttention; nn.TransformerEncoderLayer bypasses its layers in eval() with no_grad()
-    unless torch.backends.mha.set_fastpath_enabled(False). ValueError for an unknown name in skip.
+    layer's default. Subclasses stay plain, such as the projections of nn.MultiheadAttention.
+    ValueError for an unknown name in skip.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     layers = dict(module.named_modules())
@@ -272,10 +266,7 @@ def to_stochastic(module, *, skip=(), noise="gaussian", local=None, log_alpha=-6
 
 @contextlib.contextmanager
 def sample_weights(model, draw=True):
-    """A context in which the stochastic layers draw noise in any mode; draw=False: use the means.
-
-    Everything else keeps its mode: in eval() batch normalisation uses its running statistics.
-    """
+    """A context in which stochastic layers draw noise in any mode; draw=False: use the means."""
     layers = [m for m in model.modules() if isinstance(m, _StochasticWeight)]
     before = [m.sampling for m in layers]
     try:
@@ -291,8 +282,8 @@ def sample_weights(model, draw=True):
 def bn_recalibrated(model, batches, draw):
     """A context with the model in eval() and its batch-norm statistics estimated on `batches`.
 
-    draw: True for sampled weights, a new sample per batch; False for the means, whose statistics
-    are not those of the noisy net. On leaving, the running statistics are restored.
+    draw: True for sampled weights, a new sample per batch; False for the means. On leaving, the
+    running statistics are restored.
     """
     running = [(m, m.running_mean.clone(), m.running_var.clone()) for m in model.modules()
                if getattr(m, "running_mean", None) is not None]
@@ -329,16 +320,14 @@ def predict(model, x, batch=100):
 
 
 def accuracy(logits, labels):
-    """Fraction of rows of logits (n, classes) whose largest entry is at the label (n,): float."""
+    """Fraction of logits (n, classes) whose largest entry is at the label (n,): float."""
     return (logits.argmax(1) == labels).float().mean().item()
 
 
-# ==================================================================================================
-# 2. Weight-IB loss
-# ==================================================================================================
+# === 2. Weight-IB loss ============================================================================
 
 def weight_information(model):
-    """Information in the weights, summed over the stochastic layers of a model: 0-d tensor, nats.
+    """Information in the weights of a model's stochastic layers: 0-d tensor, nats.
 
     Biases, batch normalisation and plain layers have no noise and are not counted; tied weights
     are counted once. ValueError if nothing is stochastic.
@@ -354,9 +343,8 @@ def ib_loss(logits, target, model, beta, n):
     """Information Lagrangian per sample (eq. 3): cross-entropy + beta/n * I(w;D), nats.
 
     logits: (batch, classes). target: class indices (batch,), or 0/1 attributes (batch, attributes),
-    whose binary cross-entropies are summed. n: number of training samples, not of the batch: the
-    paper sums over them, so the mean takes beta/n; beta = 1 is the ELBO.
-    Returns (loss, cross_entropy, information), 0-d tensors with gradients.
+    whose binary cross-entropies are summed. n: number of training samples, not of the batch.
+    Returns (loss, cross_entropy, information), 0-d tensors; beta = 1 is the negative ELBO.
     ValueError if the model has no stochastic layer, beta < 0 or n < 1.
     """
     if not (beta >= 0 and n >= 1):
@@ -371,9 +359,7 @@ def ib_loss(logits, target, model, beta, n):
     return cross_entropy + beta / n * information, cross_entropy, information
 
 
-# ==================================================================================================
-# 3. Information estimators
-# ==================================================================================================
+# === 3. Information estimators ====================================================================
 
 def g(alpha):
     """Capacity under log-normal noise: -log(1 - exp(-alpha))/2, nats per dimension (Prop. 5.2).
@@ -398,10 +384,9 @@ def alpha_from_information(information, dim):
 def layer_information_bound(dim_z, alpha):
     """Upper bound dim_z * (g(alpha) + 1) on I(z;x) + TC(z) of a layer, nats (Prop. 5.2, Cor. 5.3).
 
-    dim_z: number of units. alpha: float, or tensor with one alpha per unit, of log-normal noise;
-    for Gaussian noise of variance a pass log1p(a). Needs inputs that are centred, uncorrelated and
-    not all zero, and noise that is independent between units. Unequal alphas within a unit: use
-    expm1(alpha_i) = sum_j expm1(alpha_ij) w_ij^2 / sum_j w_ij^2.
+    alpha: float, or one per unit (dim_z,), of log-normal noise; for Gaussian noise of variance a
+    pass log1p(a). Needs centred, uncorrelated, non-zero inputs, and independent noise. For unequal
+    alphas in a unit, expm1(alpha_i) = sum_j expm1(alpha_ij) w_ij^2 / sum_j w_ij^2.
     """
     return dim_z * (g(alpha).mean() + 1)
 
@@ -409,9 +394,8 @@ def layer_information_bound(dim_z, alpha):
 def layer_information(weight, alpha, x):
     """I(z;x) + TC(z) of z = Wx with noise on its weights, from inputs x: 0-d, nats (Prop. 5.1).
 
-    weight: (out, in) means. alpha: (out, in) or float, of log-normal noise; for Gaussian noise of
-    variance a pass log1p(a). x: (n, in), correlated and off centre as they are. Takes z and z|x as
-    Gaussian. inf if some x is all zero. The noise has to be independent between units.
+    weight: (out, in) means. alpha: (out, in) or float, as in layer_information_bound. x: (n, in).
+    Takes z and z|x as Gaussian; inf if some x is all zero. Needs noise independent between units.
     """
     x = torch.as_tensor(x)
     alpha = torch.as_tensor(alpha, dtype=weight.dtype, device=weight.device)
@@ -420,29 +404,12 @@ def layer_information(weight, alpha, x):
     return 0.5 * (torch.log(signal + noise.mean(0)) - torch.log(noise).mean(0)).sum()
 
 
-def hessian_trace(loss, parameters, probes=100):
-    """Hutchinson's estimate of the trace of the Hessian: (estimate, standard error), floats.
-
-    loss: 0-d tensor with a graph, of mean weights (the noise has first derivatives only).
-    """
-    parameters = list(parameters)
-    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
-    traces = []
-    for _ in range(probes):
-        signs = [torch.randint_like(p, 2) * 2 - 1 for p in parameters]
-        products = torch.autograd.grad(gradients, parameters, signs, retain_graph=True)
-        traces.append(sum((v * hv).sum() for v, hv in zip(signs, products)))
-    traces = torch.stack(traces)
-    return traces.mean().item(), (traces.std() / probes**0.5).item()
-
-
 def flat_minimum_bound(weight, trace, beta):
     """Upper bound K/2 * (log|w|^2 + log tr H - log(K^2 beta)) on I~(w;D), nats (Prop. 4.3, C = 0).
 
-    At the alpha_i = beta / (w_i^2 H_ii) that minimise the Lagrangian to second order. weight: all K
-    means. trace: of the Hessian of the summed cross-entropy at a minimum (else its nuclear norm,
-    all H_ii > 0). Not for alpha near 1 or above. The paper prints K * log(K^2 beta/2) in the
-    bracket, a factor K more than its proof, and drops Taylor's 1/2: beta/2 in the place of beta.
+    At the alpha_i = beta / (w_i^2 H_ii) that minimise the Lagrangian to second order, if these are
+    well below 1. weight: all K means. trace: of the Hessian of the summed cross-entropy at a
+    minimum. The paper prints a factor K too many before the last log, and beta/2 for beta.
     """
     k = weight.numel()
     return 0.5 * k * (torch.log((weight**2).sum() * trace) - math.log(k**2 * beta))
@@ -452,17 +419,16 @@ LAMBDAS = tuple(0.5 + 2 ** (k / 2) for k in range(-6, 15))
 
 
 def pac_bayes_bound(loss, divergence, n, *, max_loss=math.log(10), delta=0.05, lambdas=LAMBDAS):
-    """With probability at least 1 - delta, an upper bound on the test loss (McAllester 2013; eq. 7).
+    """With probability 1 - delta, an upper bound on the test loss (McAllester 2013; eq. 7).
 
     loss: mean over the n training samples, expected over the weights, of a loss from 0 to max_loss
-    (cross-entropy clipped at log 10, or error with max_loss=1). divergence: KL(q(w|D) || p(w)) of
-    all that was learned, from a proper prior: prior_divergence, not weight_information. The bound
-    is the least over lambdas, > 1/2, by a union bound; delta=1 with one lambda is eq. 7 as printed.
-    ValueError for impossible values.
+    (cross-entropy clipped at log 10; error: 1). divergence: of all that was learned, from a proper
+    prior: prior_divergence, not weight_information. The least over lambdas (> 1/2), by a union
+    bound; delta=1 with one lambda is eq. 7 as printed. ValueError for impossible values.
     """
     if not (0 <= loss <= max_loss and divergence >= 0 and min(lambdas) > 0.5):
-        raise ValueError(f"loss={float(loss):g} must be from 0 to max_loss={max_loss:g} (clip it), "
-                         f"divergence={float(divergence):g} >= 0, and every lambda > 1/2")
+        raise ValueError(f"loss={float(loss):g} must be 0 to {max_loss:g} (clip it), divergence="
+                         f"{float(divergence):g} >= 0 and every lambda > 1/2")
     penalty = max_loss * (divergence + math.log(len(lambdas) / delta)) / n
     return min((loss + lam * penalty) / (1 - 1 / (2 * lam)) for lam in lambdas)
 
@@ -470,8 +436,8 @@ def pac_bayes_bound(loss, divergence, n, *, max_loss=math.log(10), delta=0.05, l
 def prior_divergence(model, prior):
     """KL(q(w|D) || p(w)) of Gaussian noise from a proper Gaussian prior: 0-d tensor, nats.
 
-    prior: a state_dict of the model that has not seen the samples (its start, say). p(w) =
-    N(prior weight, s^2), s^2 the best of 1,000 values for each layer, which costs log 1000 nats.
+    prior: a state_dict of the model that has not seen the samples. p(w) = N(prior weight, s^2),
+    s^2 the best of 1,000 values for each layer, which costs log 1000 nats.
     ValueError for log-normal noise, or if anything without noise differs from the prior.
     """
     noisy = {f"{name}.".lstrip("."): m for name, m in model.named_modules()
@@ -505,18 +471,16 @@ def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=
                               lr=3e-3, steps=3000, patience=300):
     """I(z;n) in nats from a discriminator that tells pairs from shuffled pairs (Sec. 6).
 
-    discriminator(z, n) -> scores (len(z), len(n)) of all pairs of rows; trained in place. z, n:
-    (count, ...). The last held_out pairs are reported on, the validation ones before them stop the
-    training when InfoNCE has not risen for `patience` steps; scores of 0 count if it never was > 0.
-    Returns floats: plug_in, info_nce (lower bound, at most log held_out), donsker_varadhan (lower
-    bound up to sampling), calibration_error (0 to 1). ValueError for too few pairs or scores of
-    another shape; FloatingPointError if they are not finite.
+    discriminator(z, n) -> scores (len(z), len(n)) of all pairs of rows; trained in place. The last
+    held_out pairs are reported on; those before stop training when InfoNCE has not risen for
+    `patience` steps. Returns floats: plug_in, info_nce (lower bound, at most log held_out),
+    donsker_varadhan (lower bound up to sampling). ValueError for too few pairs or scores of another
+    shape; FloatingPointError if they are not finite.
     """
     z, n = z.detach(), n.detach()
     train = len(z) - validation - held_out
     if len(z) != len(n) or train < 2 or min(validation, held_out) < 2:
-        raise ValueError(f"{len(z)} z and {len(n)} n: equal numbers are needed, and more than "
-                         f"{validation + held_out + 1}")
+        raise ValueError(f"{len(z)} z, {len(n)} n: not over {validation + held_out + 1} pairs")
 
     def estimates(part):
         discriminator.eval()
@@ -533,8 +497,8 @@ def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=
         index = torch.randperm(train, device=z.device)[:batch]
         scores = discriminator(z[index], n[index])
         if scores.shape != (batch, batch):
-            raise ValueError(f"discriminator(z, n) gave {tuple(scores.shape)}, not "
-                             f"{(batch, batch)}: a score for every pair of rows")
+            raise ValueError(f"scores {tuple(scores.shape)} of {batch} z and {batch} n: not one "
+                             "for every pair of rows")
         log_odds = scores - math.log(batch - 1)  # one true pair among batch - 1 shuffled ones
         loss = (F.softplus(log_odds).sum() - log_odds.trace()) / batch
         optimizer.zero_grad()
@@ -556,28 +520,20 @@ def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=
 def _ratio_estimates(scores):
     """The results of density_ratio_information, from scores (m, m), true pairs on the diagonal."""
     m = len(scores)
-    true, shuffled = scores.diagonal(), scores.roll(1, 0).diagonal()
+    true = scores.diagonal()
     on_diagonal = torch.eye(m, dtype=torch.bool, device=scores.device)
     off_diagonal = scores.masked_fill(on_diagonal, -math.inf).logsumexp(1)
-    probability = torch.cat([true, shuffled]).sigmoid()
-    excess = probability - (torch.arange(2 * m, device=scores.device) < m).float()
-    bins = (10 * probability).long().clamp(max=9)
-    gaps = torch.zeros(10, device=scores.device).index_add(0, bins, excess)
-    plug_in = true.mean()
-    results = {
-        "plug_in": plug_in,
-        "donsker_varadhan": plug_in - off_diagonal.logsumexp(0) + math.log(m * (m - 1)),
-        "info_nce": (true - torch.logaddexp(true, off_diagonal)).mean() + math.log(m),
-        "calibration_error": gaps.abs().sum() / (2 * m),
-    }
+    log_mean = off_diagonal.logsumexp(0) - math.log(m * (m - 1))
+    results = {"plug_in": true.mean(), "donsker_varadhan": true.mean() - log_mean,
+               "info_nce": (true - torch.logaddexp(true, off_diagonal)).mean() + math.log(m)}
     return {name: value.item() for name, value in results.items()}
 
 
 def total_correlation(z):
     """TC(z) = KL(p(z) || prod_i p(z_i)) of a Gaussian with the samples' covariance: 0-d, nats.
 
-    z: (n, ...), flattened to (n, d); constant components are left out. Reads linear dependence
-    only, and too high by about d^2/(4n). ValueError unless n > d + 1.
+    z: (n, ...), flattened to (n, d); constant components are left out. Linear dependence only;
+    too high by about d^2/(4n). ValueError unless n > d + 1.
     """
     z = z.detach().flatten(1).double()
     z = z[:, z.std(0) > 0]
@@ -587,11 +543,9 @@ def total_correlation(z):
     return -0.5 * torch.linalg.slogdet(correlation).logabsdet
 
 
-# ==================================================================================================
-# 4. Data
-# ==================================================================================================
-# Loaders return tensors of whole data sets, images as uint8 (n, channels, height, width). Rows may
-# be sorted by class: draw a seeded subset before taking the first N.
+# === 4. Data ======================================================================================
+# Whole data sets as tensors, images uint8 (n, channels, height, width). Rows may be sorted by
+# class: draw a seeded subset before taking the first N.
 
 class DataError(OSError):
     """A data set is missing, cannot be downloaded, or its file is damaged."""
@@ -608,36 +562,36 @@ ARRAYS = {  # file: {array: (shape of a row, largest value)}
 def load_cifar10(data_dir="data"):
     """CIFAR-10: x_train uint8 (50000, 3, 32, 32), y_train int64, x_test (10000, ...), y_test.
 
-    From <data_dir>/cifar10.npz (arrays named and shaped as in Keras), else torchvision's copy in
-    data_dir, else torchvision's download; the last two write the npz. DataError if all fail.
+    From <data_dir>/cifar10.npz (arrays as in Keras), else torchvision's copy in data_dir, else
+    torchvision's download; the last two write the npz. DataError if all fail.
     """
-    return _train_and_test("cifar10", data_dir, "n h w c -> n c h w")
+    return _train_and_test("cifar10", data_dir)
 
 
 def load_mnist(data_dir="data"):
     """MNIST: x_train uint8 (60000, 1, 28, 28), y_train int64, x_test, y_test. See load_cifar10."""
-    return _train_and_test("mnist", data_dir, "n h w -> n 1 h w")
+    return _train_and_test("mnist", data_dir)
 
 
 def load_celeba(data_dir="data"):
-    """CelebA at 64x64: images uint8 (n, 3, 64, 64), attrs uint8 (n, 40), attr_names, partition (n,).
+    """CelebA: images uint8 (n, 3, 64, 64), attrs uint8 (n, 40), attr_names, partition uint8 (n,).
 
-    partition: 0 train, 1 validation, 2 test. Centre 148x148 of the aligned faces, resized. Looked
-    for as in load_cifar10, as celeba64.npz with arrays images (n, 64, 64, 3), attrs, attr_names
-    and partition.
+    partition: 0 train, 1 validation, 2 test. The centre 148x148 of the aligned faces, resized.
+    From celeba64.npz (images (n, 64, 64, 3), attrs, attr_names, partition); see load_cifar10.
     """
     arrays = _load_arrays("celeba64", data_dir)
-    images = rearrange(torch.from_numpy(arrays["images"]), "n h w c -> n c h w")
-    attrs, partition = (torch.from_numpy(arrays[name]) for name in ("attrs", "partition"))
-    return images, attrs, [str(name) for name in arrays["attr_names"]], partition
+    images, attrs, partition = (torch.from_numpy(arrays[k]) for k in ARRAYS["celeba64"])
+    names = [str(name) for name in arrays["attr_names"]]
+    return images.permute(0, 3, 1, 2), attrs, names, partition
 
 
-def _train_and_test(name, data_dir, pattern):
-    arrays = _load_arrays(name, data_dir)
-    x_train, x_test = (rearrange(torch.from_numpy(arrays[key]), pattern)
-                       for key in ("x_train", "x_test"))
-    y_train, y_test = (torch.from_numpy(arrays[key]).long() for key in ("y_train", "y_test"))
-    return x_train, y_train, x_test, y_test
+def _train_and_test(name, data_dir):
+    arrays = {key: torch.from_numpy(a) for key, a in _load_arrays(name, data_dir).items()}
+    pattern = "n h w c -> n c h w" if name == "cifar10" else "n h w -> n 1 h w"
+    parts = []
+    for part in ("train", "test"):
+        parts += [rearrange(arrays[f"x_{part}"], pattern), arrays[f"y_{part}"].long()]
+    return tuple(parts)
 
 
 def _load_arrays(name, data_dir):
@@ -660,44 +614,45 @@ def _load_arrays(name, data_dir):
             temporary.unlink(missing_ok=True)
     try:
         with np.load(path) as file:
-            arrays = {key: file[key] for key in file.files}
-        return _checked(name, arrays)
+            return _checked(name, {key: file[key] for key in file.files})
     except Exception as error:  # zip, zlib, header and pickle errors each have their own type
-        raise DataError(f"{path}: {error}; delete it to have it made again, or use --scale demo") from error
+        raise DataError(f"{path}: {error}; delete it to have it made again, or use --scale demo "
+                        ) from error
 
 
 def _checked(name, arrays):
-    """Arrays of the right shapes and values, as uint8; ValueError that says what is wrong."""
+    """The arrays as uint8; ValueError that names the one with a wrong shape or wrong values."""
+    length = {}
     for key, (shape, largest) in ARRAYS[name].items():
-        if key not in arrays:
-            raise ValueError(f"array {key} is missing")
-        array = arrays[key]
+        array = arrays[key] if key in arrays else np.empty(0)
         if array.shape[1:] == (1, *shape):  # Keras has labels of shape (n, 1)
             array = array[:, 0]
-        if array.dtype.kind not in "ui" or array.ndim != 1 + len(shape) or array.shape[1:] != shape:
-            wanted = ", ".join(map(str, ("n", *shape)))
-            raise ValueError(f"{key} is {array.dtype} {array.shape}, not integers ({wanted})")
-        if not len(array) or array.min() < 0 or array.max() > largest:
-            values = f"values {array.min()} to {array.max()}" if len(array) else "no rows"
-            raise ValueError(f"{key} has {values}, not 0 to {largest}")
+        fits = array.ndim == 1 + len(shape) and array.shape[1:] == shape and array.size
+        if array.dtype.kind not in "ui" or not fits:
+            raise ValueError(f"{key} should be integers {('n', *shape)}, found {array.dtype} "
+                             f"{array.shape}")
+        if array.min() < 0 or array.max() > largest:
+            raise ValueError(f"{key} should be 0 to {largest}, found {array.min()} to "
+                             f"{array.max()}")
         arrays[key] = array.astype(np.uint8)
-    pairs = (("images", "attrs"), ("images", "partition"), ("x_train", "y_train"), ("x_test", "y_test"))
-    for first, second in pairs:
-        if first in arrays and len(arrays[first]) != len(arrays[second]):
-            raise ValueError(f"{len(arrays[first])} {first}, but {len(arrays[second])} {second}")
+        length.setdefault(key.partition("_")[2], {})[key] = len(array)  # of train, test or all
+    for lengths in length.values():
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"numbers of rows differ: {lengths}")
     if name == "celeba64" and np.shape(arrays.get("attr_names")) != (40,):
-        raise ValueError("attr_names should be 40 names")
+        raise ValueError(f"attr_names should be 40 names, found {arrays.get('attr_names')}")
     return arrays
 
 
 def _from_torchvision(name, data_dir, download):
     from torchvision import datasets, transforms
     if name != "celeba64":
-        train, test = (getattr(datasets, name.upper())(data_dir, part, download=download)
-                       for part in (True, False))
-        arrays = {"x_train": train.data, "y_train": train.targets,
-                  "x_test": test.data, "y_test": test.targets}
-        return {key: np.asarray(value, np.uint8) for key, value in arrays.items()}
+        arrays = {}
+        for part in ("train", "test"):
+            data = getattr(datasets, name.upper())(data_dir, part == "train", download=download)
+            arrays[f"x_{part}"] = np.asarray(data.data, np.uint8)
+            arrays[f"y_{part}"] = np.asarray(data.targets, np.uint8)
+        return arrays
     crop = transforms.Compose([transforms.CenterCrop(148), transforms.Resize((64, 64))])
     data = datasets.CelebA(data_dir, "all", transform=crop, download=download)
     images = np.empty((len(data), 64, 64, 3), np.uint8)
@@ -712,14 +667,12 @@ def _from_torchvision(name, data_dir, download):
 def _how_to_get(path, error):
     """One line: what is missing, why the download failed, and what to do."""
     if path.stem == "celeba64":
-        advice = ("torchvision needs the package gdown (pip install gdown), and Google Drive has a "
-                  "daily quota; by hand: get img_align_celeba/ (unzipped), list_attr_celeba.txt, "
-                  "identity_CelebA.txt, list_bbox_celeba.txt, list_landmarks_align_celeba.txt and "
-                  "list_eval_partition.txt from mmlab.ie.cuhk.edu.hk/projects/CelebA.html and put "
-                  f"them into {path.parent}/celeba/")
+        advice = ("pip install gdown (Google Drive has a daily quota), or get img_align_celeba/ "
+                  "(unzipped), list_attr_celeba.txt, identity_CelebA.txt, list_bbox_celeba.txt, "
+                  "list_landmarks_align_celeba.txt and list_eval_partition.txt from mmlab.ie.cuhk."
+                  f"edu.hk/projects/CelebA.html into {path.parent}/celeba/")
     else:
-        advice = (f"run this once with a network, or put a {path.name} there with arrays "
-                  f"{', '.join(ARRAYS[path.stem])}")
+        advice = f"run this with a network, or put there arrays {', '.join(ARRAYS[path.stem])}"
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return f"no {path}, and the download failed ({reason}): {advice}; --scale demo needs no data"
 
@@ -741,9 +694,8 @@ def load_images(dataset, data_dir, n_train, n_test):
     dataset: "cifar10" or "mnist", all of it; "objects" or "digits", synthetic ones, n_train and
     n_test of them. mean and std: channel_statistics of x_train.
     """
-    loaders = {"cifar10": load_cifar10, "mnist": load_mnist}
-    if dataset in loaders:
-        data = loaders[dataset](data_dir)
+    if dataset in ("cifar10", "mnist"):
+        data = _train_and_test(dataset, data_dir)
     else:
         synthetic = {"objects": synthetic_objects, "digits": synthetic_digits}[dataset]
         data = *synthetic(n_train, seed=0), *synthetic(n_test, seed=1)
@@ -768,15 +720,14 @@ def normalise(images, mean, std, size):
 def corrupt_labels(labels, fraction, num_classes, generator, kind="uniform"):
     """A copy of labels (n,) with exactly round(fraction*n) of them, at random, corrupted.
 
-    kind: "uniform", resampled over all classes, the old one among them (fraction = 1 leaves
-    nothing of the true labels), or "pair", the next class. ValueError for other values.
+    kind: "uniform", resampled over all classes (fraction = 1 leaves nothing of the true labels),
+    or "pair", the next class. ValueError for other values.
     """
     if not 0 <= fraction <= 1 or kind not in ("uniform", "pair"):
         raise ValueError(f"fraction={fraction} must be from 0 to 1, kind={kind!r} uniform or pair")
     device, count = generator.device, round(fraction * len(labels))
     index = torch.randperm(len(labels), generator=generator, device=device)[:count]
-    index = index.to(labels.device)
-    corrupted = labels.clone()
+    index, corrupted = index.to(labels.device), labels.clone()
     if kind == "pair":
         corrupted[index] = (labels[index] + 1) % num_classes
     else:
@@ -791,39 +742,38 @@ def add_clutter(images, generator, squares=10, size=4):
     images: uint8 (white: 255) or float (white: 1). Squares may overlap, and lie wholly within the
     image. The mask is the nuisance of Fig. 4.
     """
-    n, _, height, width = images.shape
-
-    def strips(length):  # (n, squares, length), 1 where a square covers the row or column
-        shape = n, squares, 1
-        start = torch.randint(length - size + 1, shape, generator=generator, device=generator.device)
+    strips = []
+    for length in images.shape[2:]:  # (n, squares, length), 1 where a square covers row or column
+        start = torch.randint(length - size + 1, (len(images), squares, 1), generator=generator,
+                              device=generator.device)
         offset = torch.arange(length, device=images.device) - start.to(images.device)
-        return ((offset >= 0) & (offset < size)).float()
-
-    mask = einsum(strips(height), strips(width), "n s h, n s w -> n h w").gt(0).unsqueeze(1)
+        strips.append(((offset >= 0) & (offset < size)).float())
+    mask = einsum(*strips, "n s h, n s w -> n h w").gt(0).unsqueeze(1)
     return images.masked_fill(mask, 1 if images.is_floating_point() else 255), mask
 
 
-# Ten shapes: functions of a point (x, y), its radius r and its larger coordinate b, negative inside.
-OBJECT_SHAPES = {
-    "disc": lambda x, y, r, b: r - 0.8,
-    "square": lambda x, y, r, b: b - 0.75,
-    "triangle": lambda x, y, r, b: torch.maximum(y, 0.866 * x.abs() - 0.5 * y) - 0.5,
-    "ring": lambda x, y, r, b: (r - 0.72).abs() - 0.2,
-    "plus": lambda x, y, r, b: torch.maximum(torch.minimum(x.abs(), y.abs()) - 0.25, b - 1),
-    "star": lambda x, y, r, b: r - 0.68 - 0.32 * torch.cos(5 * torch.atan2(y, x)),
-    "crescent": lambda x, y, r, b: torch.maximum(r - 0.9, 0.75 - torch.hypot(x - 0.45, y)),
-    "bar": lambda x, y, r, b: torch.maximum(x.abs() - 1, y.abs() - 0.28),
-    "frame": lambda x, y, r, b: (b - 0.65).abs() - 0.17,
-    "pair": lambda x, y, r, b: torch.hypot(x.abs() - 0.55, y) - 0.4,
-}
+OBJECT_SHAPES = [  # functions of a point (x, y), its radius r and larger coordinate b, < 0 inside
+    lambda x, y, r, b: r - 0.8,  # disc
+    lambda x, y, r, b: b - 0.75,  # square
+    lambda x, y, r, b: torch.maximum(y, 0.866 * x.abs() - 0.5 * y) - 0.5,  # triangle
+    lambda x, y, r, b: (r - 0.72).abs() - 0.2,  # ring
+    lambda x, y, r, b: torch.maximum(torch.minimum(x.abs(), y.abs()) - 0.25, b - 1),  # plus
+    lambda x, y, r, b: r - 0.68 - 0.32 * torch.cos(5 * torch.atan2(y, x)),  # star
+    lambda x, y, r, b: torch.maximum(r - 0.9, 0.75 - torch.hypot(x - 0.45, y)),  # crescent
+    lambda x, y, r, b: torch.maximum(x.abs() - 1, y.abs() - 0.28),  # bar
+    lambda x, y, r, b: (b - 0.65).abs() - 0.17,  # frame
+    lambda x, y, r, b: torch.hypot(x.abs() - 0.55, y) - 0.4,  # pair of discs
+]
 DIGIT_FONTS = ("DejaVuSans[-.M]*", "DejaVuSerif[-.]*", "STIXGeneral*", "cm[brt]*", "cmss*")
-# Number of values of each factor. Hair styles: short, long, fringe; mouths: down, flat, up.
 FACE_FACTORS = dict(hair_colour=4, hair_style=3, skin=4, glasses=2, smile=3, beard=2, background=8,
-                    pose=5)
+                    pose=5)  # number of values
 FACE_ATTRIBUTES = ("black_hair", "brown_hair", "blond_hair", "grey_hair", "dark_skin", "glasses",
                    "smiling", "beard")
-HAIR = torch.tensor([[0.07, 0.06, 0.08], [0.46, 0.20, 0.07], [0.93, 0.78, 0.35], [0.66, 0.67, 0.70]])
-SKIN = torch.tensor([[0.98, 0.84, 0.74], [0.88, 0.67, 0.50], [0.63, 0.43, 0.29], [0.40, 0.27, 0.19]])
+FACE_COLOURS = {
+    "hair_colour": [[0.07, 0.06, 0.08], [0.46, 0.2, 0.07], [0.93, 0.78, 0.35], [0.66, 0.67, 0.7]],
+    "skin": [[0.98, 0.84, 0.74], [0.88, 0.67, 0.5], [0.63, 0.43, 0.29], [0.4, 0.27, 0.19]],
+    "background": [[r, g, b] for r in (0.25, 0.85) for g in (0.25, 0.85) for b in (0.25, 0.85)],
+}
 FACE_ELLIPSE = (0.75, 0.9)  # half-axes, in half-images, of the ellipse outside which is background
 
 
@@ -865,15 +815,15 @@ def _draw_in_chunks(draw, n, seed, chunk=250):
 
 
 def synthetic_objects(n, seed=0):
-    """Coloured shapes on textured grounds, for CIFAR-10: uint8 (n, 3, 32, 32), labels int64 (n,).
+    """Coloured shapes on textured grounds: uint8 (n, 3, 32, 32), labels int64 (n,), ten classes.
 
-    Labels index OBJECT_SHAPES; position, size, rotation, colours and texture vary independently.
+    Position, size, rotation, colours and texture vary independently. In the place of CIFAR-10.
     """
     def draw(rng, n):
-        labels = torch.randint(len(OBJECT_SHAPES), (n,), generator=rng)
+        labels = torch.randint(10, (n,), generator=rng)
         x, y = _local_grid(rng, n, 32, 0.35, math.pi, (0.45, 0.8))
         point = x, y, torch.hypot(x, y), torch.maximum(x.abs(), y.abs())
-        distance = torch.stack([shape(*point) for shape in OBJECT_SHAPES.values()], 1)
+        distance = torch.stack([shape(*point) for shape in OBJECT_SHAPES], 1)
         distance = distance[torch.arange(n), labels]
         waves = _local_grid(rng, 2 * n, 32, 1, math.pi, (0.05, 0.3))[0].sin()[:, None]
         texture = _uniform(rng, -0.15, 0.15, 2 * n, 3, 1, 1) * waves
@@ -887,10 +837,7 @@ def synthetic_objects(n, seed=0):
 
 
 def synthetic_digits(n, seed=0):
-    """Printed digits under affine maps and warps, for MNIST: uint8 (n, 1, 28, 28), labels (n,).
-
-    In the text fonts that matplotlib ships.
-    """
+    """Digits in matplotlib's fonts, warped: uint8 (n, 1, 28, 28), labels int64 (n,). For MNIST."""
     from matplotlib import ft2font, get_data_path
     folder = Path(get_data_path(), "fonts", "ttf")
     paths = [path for name in DIGIT_FONTS for path in sorted(folder.glob(name))]
@@ -920,50 +867,44 @@ def synthetic_digits(n, seed=0):
 
 
 def synthetic_faces(n, seed=0):
-    """Cartoon faces, for CelebA: uint8 (n, 3, 64, 64), attributes uint8 (n, 8), factors.
+    """Cartoon faces: uint8 (n, 3, 64, 64), attributes uint8 (n, 8), factors {name: int64 (n,)}.
 
-    Attributes: FACE_ATTRIBUTES. factors: {name: int64 (n,)} for FACE_FACTORS, independent and
-    uniform. Light, hues, texture and the head's size, tilt and position vary as well.
+    Attributes as in FACE_ATTRIBUTES; factors as in FACE_FACTORS, independent and uniform. Light,
+    hues, texture and the head's size, tilt and position vary too. In the place of CelebA.
     """
     def draw(rng, n):
-        codes = torch.stack([torch.randint(k, (n,), generator=rng) for k in FACE_FACTORS.values()], 1)
-        factor = dict(zip(FACE_FACTORS, codes.T[..., None, None]))
-        grounds = torch.cartesian_prod(*torch.tensor([[0.25, 0.85]] * 3))
-        palettes = {"hair_colour": HAIR, "skin": SKIN, "background": grounds}
+        codes = [torch.randint(k, (n,), generator=rng) for k in FACE_FACTORS.values()]
+        factor = {name: code.view(n, 1, 1) for name, code in zip(FACE_FACTORS, codes)}
         hair, skin, canvas = (
-            colours[factor[name]].view(n, 3, 1, 1) + _uniform(rng, -0.05, 0.05, n, 3, 1, 1)
-            for name, colours in palettes.items())
+            torch.tensor(colours)[factor[name].flatten()].view(n, 3, 1, 1)
+            + _uniform(rng, -0.05, 0.05, n, 3, 1, 1) for name, colours in FACE_COLOURS.items())
         canvas = canvas + 0.12 * _smooth_field(rng, n, 3, 3, 64)
         u, v = _local_grid(rng, n, 64, 0.06, 0.12, (0.9, 1.02))  # frame of the head, v downwards
-        x, y = u - 0.055 * (factor["pose"] - 2), v  # frame of the features
-        eye_x, eye_y, smile = x.abs() - 0.18, y + 0.03, 0.07 * (factor["smile"] - 1)
+        x, style = u - 0.055 * (factor["pose"] - 2), factor["hair_style"]
+        eye_x, eye_y, smile = x.abs() - 0.18, v + 0.03, 0.07 * (factor["smile"] - 1)
         skull, face = torch.hypot(u, v + 0.12) - 0.56, _ellipse(u, v - 0.1, 0.47, 0.58)
-        fringe, parted = v + 0.2, v + 0.42 - 0.5 * (x - 0.1).abs()
-        hairline = torch.where(factor["hair_style"] == 2, fringe, parted)
-        chin = torch.maximum(0.3 - 0.9 * x**2 - y, -_ellipse(x, y - 0.38, 0.22, 0.11))
-        lips = (y - 0.38 + smile * (60 * x**2 - 0.5)).abs() - 0.03
-        glasses = torch.minimum(_ellipse(eye_x, eye_y, 0.14, 0.12).abs(), eye_y.abs() + eye_x) - 0.02
-        _paint(canvas, hair, _ellipse(u, v - 0.05, 0.62, 0.68), factor["hair_style"] == 1)
+        hairline = torch.where(style == 2, v + 0.2, v + 0.42 - 0.5 * (x - 0.1).abs())
+        chin = torch.maximum(0.3 - 0.9 * x**2 - v, -_ellipse(x, v - 0.38, 0.22, 0.11))
+        lips = (v - 0.38 + smile * (60 * x**2 - 0.5)).abs() - 0.03
+        _paint(canvas, hair, _ellipse(u, v - 0.05, 0.62, 0.68), style == 1)  # long hair
         _paint(canvas, hair, torch.maximum(skull, v))
         _paint(canvas, skin, face)
         _paint(canvas, hair, torch.maximum(skull, hairline))
         _paint(canvas, hair, torch.maximum(face - 0.02, chin), factor["beard"])
         _paint(canvas, 0.95, _ellipse(eye_x, eye_y, 0.085, 0.06))
         _paint(canvas, 0.15, _ellipse(eye_x, eye_y, 0.045, 0.05))
-        _paint(canvas, 0.7 * skin, _ellipse(x, y - 0.15, 0.05, 0.08))
-        _paint(canvas, torch.tensor([0.75, 0.2, 0.25]).view(3, 1, 1), torch.maximum(lips, x.abs() - 0.17))
-        _paint(canvas, 0.1, glasses, factor["glasses"])
-        light = _uniform(rng, 0.6, 1.15, n, 1, 1, 1)
-        return canvas * light + 0.02 * torch.randn(canvas.shape, generator=rng), codes
+        _paint(canvas, 0.7 * skin, _ellipse(x, v - 0.15, 0.05, 0.08))
+        _paint(canvas, 0.5 * skin, torch.maximum(lips, x.abs() - 0.17))
+        _paint(canvas, 0.1, _ellipse(eye_x, eye_y, 0.14, 0.12).abs() - 0.02, factor["glasses"])
+        canvas = canvas * _uniform(rng, 0.6, 1.15, n, 1, 1, 1)
+        return canvas + 0.02 * torch.randn(canvas.shape, generator=rng), torch.stack(codes, 1)
     images, codes = _draw_in_chunks(draw, n, seed)
     hair, _, skin, glasses, smile, beard, *_ = codes.T
     attributes = [*F.one_hot(hair, 4).T, skin >= 2, glasses, smile == 2, beard]
     return images, torch.stack(attributes, 1).to(torch.uint8), dict(zip(FACE_FACTORS, codes.T))
 
 
-# ==================================================================================================
-# 5. Running a grid
-# ==================================================================================================
+# === 5. Running a grid ============================================================================
 # A figure is a grid of cells. A cell is one training run, a dict of what sets it apart, such as
 # {"n": 300, "beta": 0.1}. Finished cells are lines of <out>/<figure>-<scale>.jsonl.
 
@@ -974,37 +915,34 @@ def parse_args(doc, datasets, seeds, argv=None):
     sys.argv[1:]. Returns a namespace: figure, scale, dataset, data_dir, out, seeds, jobs, shard
     (None or (i, n)), plot_only, device. Bad values: one line on stderr, exit status 2.
     """
-    def checked(convert, valid, wanted):
+    def whole(low):
         def parse(text):
-            with contextlib.suppress(ValueError):
-                value = convert(text)
-                if valid(value):
-                    return value
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+            if text.isdecimal() and low <= int(text) < 2**63:
+                return int(text)
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} up")
         return parse
 
-    def pair(text):
-        return tuple(int(part) for part in text.split("/"))
+    def shard(text):
+        part, _, parts = text.partition("/")
+        if part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts):
+            return int(part), int(parts)
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N")
 
-    natural = checked(int, lambda v: 0 <= v < 2**63, "a whole number from 0 up")
-    positive = checked(int, lambda v: v > 0, "a whole number from 1 up")
-    shard = checked(pair, lambda v: len(v) == 2 and 1 <= v[0] <= v[1], "I/N with I from 1 to N")
-    choices = "; ".join(f"{scale}: {' or '.join(names)}" for scale, names in datasets.items())
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: _exit_with(f"{message} (see --help)")
     add = parser.add_argument
-    add("--gpu", type=natural, metavar="0", help="index of the GPU to use. Default: 0, if any")
-    add("--scale", choices=list(datasets), help="demo: synthetic data, under two minutes; cpu: real "
+    add("--gpu", type=whole(0), metavar="0", help="index of the GPU. Default: 0, if there is one")
+    add("--scale", choices=list(datasets), help="demo: synthetic data, two minutes; cpu: real "
         "data, reduced; paper: the paper's sizes. Default: paper on a GPU, cpu without")
-    add("--dataset", help=f"the data, where a scale has a choice: {choices}")
+    add("--dataset", help=f"the data, where a scale has a choice: {datasets}")
     add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets (data)")
     add("--out", type=Path, default=Path("results"), help="folder of rows and plots (results)")
-    add("--seeds", type=natural, nargs="+", metavar="0", help="run each cell once per seed")
-    add("--jobs", type=positive, metavar="K",
+    add("--seeds", type=whole(0), nargs="+", metavar="0", help="run each cell once per seed")
+    add("--jobs", type=whole(1), metavar="K",
         help="cells trained at once, one CPU thread each. Default: 1 on a GPU, else one per core")
     add("--shard", type=shard, metavar="I/N",
-        help="run every N-th cell only, into a file of its own: for job arrays, or several GPUs")
+        help="every N-th cell only, into a file of its own: for job arrays, or several GPUs")
     add("--plot-only", action="store_true", help="draw from the rows there are, train nothing")
     args = parser.parse_args(argv)
     args.device = _device(args.gpu)
@@ -1012,7 +950,7 @@ def parse_args(doc, datasets, seeds, argv=None):
     args.scale = args.scale or ("cpu" if on_cpu else "paper")
     args.dataset = args.dataset or datasets[args.scale][0]
     if args.dataset not in datasets[args.scale]:
-        parser.error(f"--dataset {args.dataset!r} does not go with --scale {args.scale}: "
+        parser.error(f"argument --dataset: {args.dataset!r} does not go with --scale {args.scale}: "
                      f"choose {' or '.join(datasets[args.scale])}")
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
@@ -1024,14 +962,15 @@ def parse_args(doc, datasets, seeds, argv=None):
 
 
 def _device(gpu):
-    """The device of --gpu; the CPU, with a warning, where that GPU cannot be used."""
+    """The device of --gpu; the CPU, with a warning, if that GPU cannot be used."""
     if gpu is None and not torch.cuda.is_available():
         return torch.device("cpu")
+    device = torch.device(f"cuda:{gpu or 0}")
     try:
-        torch.zeros(1, device=f"cuda:{gpu or 0}")
-        return torch.device(f"cuda:{gpu or 0}")
+        torch.zeros(1, device=device)
+        return device
     except Exception:  # no driver, no such index, an unusable card: all differ in type
-        print(f"warning: --gpu {gpu} is not usable here, going on with the CPU", file=sys.stderr)
+        print(f"warning: GPU {gpu or 0} is not usable, going on with the CPU", file=sys.stderr)
         return torch.device("cpu")
 
 
@@ -1044,23 +983,21 @@ def run_grid(cells, train_cell, args, settings, prepare=None):
     """Train every cell (dict) that has no row yet, for each seed; return all finished rows.
 
     train_cell(cell, device, args, progress) returns a dict of what was measured. It sees the cell
-    with "seed" added, calls progress(step, steps, loss) now and then, and may raise
-    FloatingPointError, as progress does for a loss that is not finite: status "diverged".
-    settings: dict of what the cells are trained with. A row made under other settings does not
-    count. prepare(args) is called once before training, to load the data.
+    with "seed" added (a cell that has one runs for that seed only), calls progress(step, steps,
+    loss), and may raise FloatingPointError, as progress does for a non-finite loss: "diverged".
+    settings: what cells are trained with; a row made under others does not count. prepare(args):
+    called once before training, to load the data.
 
-    A row is a JSON line: figure, scale, dataset, status, torch, git, settings, seconds, device,
-    seed, the cell's keys, what was measured. It is appended in one write to
-    <out>/<figure>-<scale>.jsonl (--shard: to a file of its own), so that a crash loses only the
-    cells in flight. CPU cells use one thread each: the numbers do not depend on --jobs. Ctrl-C:
-    exit status 130. User errors, such as a full disk: one line, status 2.
+    A row is a JSON line: figure, scale, dataset, status ("ok" or "diverged"), torch, git, settings,
+    seconds, device, seed, the cell's keys, what was measured. It is appended in one write (--shard:
+    to a file of its own): a crash loses the cells in flight only. CPU cells use one thread each:
+    numbers do not depend on --jobs. Ctrl-C: exit status 130. User errors: one line, status 2.
     """
     try:
         rows = _run_missing_cells(cells, train_cell, args, settings, prepare)
-        if not any(row["status"] == "ok" for row in rows):
-            state = "finished without diverging" if rows else "there"
-            raise OSError(f"no row of {args.figure} --scale {args.scale} --dataset {args.dataset} "
-                          f"under the present settings is {state} in {args.out}: nothing to draw")
+        if not ok_rows(rows):
+            raise OSError(f"no finished row of {args.figure} --scale {args.scale} --dataset "
+                          f"{args.dataset} with the present settings in {args.out}")
         return rows
     except OSError as error:
         _exit_with(error)
@@ -1092,13 +1029,11 @@ def _run_missing_cells(cells, train_cell, args, settings, prepare):
     if others:
         print(f"{others} rows in {args.out} were made under other settings: left aside")
     if args.plot_only or not todo:
-        hint = "" if args.plot_only else "; to train again, add --out elsewhere"
-        print(f"redrawing{hint}", flush=True)
+        print("redrawing" + ("" if args.plot_only else "; to train again, add --out elsewhere"),
+              flush=True)
         return list(rows.values())
-    stem = f"{args.figure}-{args.scale}"
-    if args.shard:
-        stem += ".{}-of-{}".format(*args.shard)
-    path = args.out / f"{stem}.jsonl"
+    shard = ".{}-of-{}".format(*args.shard) if args.shard else ""
+    path = args.out / f"{args.figure}-{args.scale}{shard}.jsonl"
     shared = {"figure": args.figure, "scale": args.scale, "dataset": args.dataset, "status": "ok",
               "torch": torch.__version__, "git": git, "settings": settings}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -1108,42 +1043,36 @@ def _run_missing_cells(cells, train_cell, args, settings, prepare):
         if prepare:
             prepare(args)
         started = time.monotonic()
-        finished = _finished_cells(todo, train_cell, args)
-        with contextlib.closing(finished):
+        with contextlib.closing(_finished_cells(todo, train_cell, args)) as finished:
             for count, (cell, result, seconds) in enumerate(finished, 1):
                 device = _device_name(args.device)
                 row = shared | {"seconds": round(seconds, 1), "device": device} | cell | result
                 line = (json.dumps(row) + "\n").encode()
-                if file.write(line) != len(line):
-                    raise OSError(f"{path}: a row was cut short, is the disk full?")
+                if file.write(line) != len(line) or not path.exists():
+                    raise OSError(f"{path}: a row was lost, is the disk full or the file removed?")
                 os.fsync(file.fileno())
-                if not path.exists():
-                    raise OSError(f"{path} was removed during the run")
                 _print_row(cell, row, count, len(todo), time.monotonic() - started)
     return list(read().values())
 
 
 def read_rows(args):
     """All finished rows of this figure, scale and data set, shards included; warns of bad lines."""
-    rows = []
-    stem = f"{args.figure}-{args.scale}"
+    rows, stem = [], f"{args.figure}-{args.scale}"
     for path in sorted([*args.out.glob(f"{stem}.jsonl"), *args.out.glob(f"{stem}.*-of-*.jsonl")]):
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         for number, line in enumerate(text.splitlines(True), 1):
             try:
-                row = json.loads(line)
-                valid = line.endswith("\n") and isinstance(row["seed"], int)
-                valid &= (row["figure"], row["scale"]) == (args.figure, args.scale)
-                valid &= isinstance(row["settings"], dict) and row["status"] in ("ok", "diverged")
-                if valid and row["dataset"] != args.dataset:
-                    continue
+                row = json.loads(line if line.endswith("\n") else "cut short")
+                fits = (row["figure"], row["scale"]) == (args.figure, args.scale)
+                fits &= type(row["seed"]) is int and type(row["settings"]) is dict
+                fits &= row["status"] in ("ok", "diverged")
+                if fits and row["dataset"] == args.dataset:
+                    rows.append(row)
             except (ValueError, KeyError, TypeError):
-                valid = False
-            if valid:
-                rows.append(row)
-            elif line.strip():
-                print(f"warning: {path}: line {number} is no row of this figure, its cell counts "
-                      "as not run", file=sys.stderr)
+                fits = False
+            if not fits and line.strip():
+                print(f"warning: {path}: line {number} is no row of this figure, not counted",
+                      file=sys.stderr)
     return rows
 
 
@@ -1172,8 +1101,7 @@ def _run_cell(train_cell, cell, args):
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss {loss} at step {step}")
         if sys.stdout.isatty():
-            print(f"\r\033[K{_describe(cell)}: step {step}/{steps}, loss {loss:.3f}\r", end="",
-                  flush=True)
+            print(f"\r\033[K{cell}: step {step}/{steps}, loss {loss:.3f}\r", end="", flush=True)
 
     started = time.monotonic()
     try:
@@ -1197,12 +1125,8 @@ def _set_up_process():
 
 def _set_up_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-
-    def follow_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     _set_up_process()
 
 
@@ -1217,24 +1141,20 @@ def _git_revision():
                              text=True, check=True, timeout=10)
         return run.stdout.strip()
     try:
-        dirty = "-dirty" if git("status", "--porcelain", "--", "*.py") else ""
-        return git("rev-parse", "--short", "HEAD") + dirty
+        dirty = git("status", "--porcelain", "--", "*.py")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
-def _describe(cell):
-    return " ".join(f"{name}={value}" for name, value in cell.items() if not isinstance(value, list))
-
-
 def _print_row(cell, row, count, total, elapsed):
     """One line of the progress table: the cell, what was measured, time gone and time to go."""
+    name = " ".join(f"{key}={value}" for key, value in cell.items())
     shown = [k for k in row if k.endswith("acc") or k in ("cross_entropy", "information")]
     values = " ".join(f"{k} {row[k]:<8.4g}" for k in shown if row[k] is not None)
-    clear = "\r\033[K" if sys.stdout.isatty() else ""
-    minutes = elapsed / 60
-    print(f"{clear}{count:4d}/{total} {_describe(cell):<46} {values or row['status']} "
-          f"{minutes:.1f} min, {minutes / count * (total - count):.1f} to go", flush=True)
+    clear, minutes = "\r\033[K" if sys.stdout.isatty() else "", elapsed / 60
+    print(f"{clear}{count:4d}/{total} {name:<46} {values or row['status']} {minutes:.1f} min, "
+          f"{minutes / count * (total - count):.1f} to go", flush=True)
 
 
 def minibatches(n, batch, device):
@@ -1245,7 +1165,7 @@ def minibatches(n, batch, device):
 
 
 def ok_rows(rows, **where):
-    """The rows that did not diverge and have these values."""
+    """The rows that did not diverge and have these values; None: or lack the key."""
     return [row for row in rows if row["status"] == "ok"
             and all(row.get(name) == value for name, value in where.items())]
 
@@ -1328,23 +1248,21 @@ def claim(sentence, paper, ours, holds):
 def save_tables(args, **tables):
     """Print tables, {title: list of dicts}, and write them to <out>/<figure>-<scale>.md.
 
-    They also replace what stands in <out>/README.md between the lines <!-- FIGURE-SCALE --> and
-    <!-- end -->, if it has these.
+    They also replace what is in <out>/README.md between <!-- FIGURE-SCALE --> and <!-- end -->.
     """
-    text = ""
+    text, stem = "", f"{args.figure}-{args.scale}"
     for title, table in tables.items():
-        if table:
-            lines = [list(table[0]), ["---"] * len(table[0]), *(row.values() for row in table)]
-            body = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-            text += f"{title.replace('_', ' ')}:\n\n{body}\n\n"
-    stem = f"{args.figure}-{args.scale}"
+        lines = [list(table[0]), ["---"] * len(table[0])] if table else []
+        lines += [row.values() for row in table]
+        body = "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+        text += f"{title.replace('_', ' ')}:\n\n{body}\n" if table else ""
     print("\n" + text, end="")
     try:
         (args.out / f"{stem}.md").write_text(text, encoding="utf-8")
-        page, start = args.out / "README.md", f"<!-- {stem} -->\n"
+        page, start, end = args.out / "README.md", f"<!-- {stem} -->\n", "<!-- end -->"
         if page.exists() and start in (old := page.read_text(encoding="utf-8")):
-            before, after = old.split(start, 1)
-            _, end = after.split("<!-- end -->", 1)
-            page.write_text(f"{before}{start}\n{text}<!-- end -->{end}", encoding="utf-8")
+            before, _, after = old.partition(start)
+            page.write_text(before + start + "\n" + text + end + after.partition(end)[2],
+                            encoding="utf-8")
     except OSError as error:
         _exit_with(error)

@@ -4,8 +4,18 @@
     python fig1_phase_transition.py --scale cpu      # CIFAR-10, 1/4 width, CPU_COST on 2 cores
     python fig1_phase_transition.py --gpu 0          # CIFAR-10, the paper's width, N to 50,000
 
-A Small AlexNet is trained on N images with L = cross-entropy + beta/N * I(w;D), on random and on
-real labels.
+A Small AlexNet is trained on N images with L = cross-entropy + beta/N * I(w;D). A net that
+memorises random labels ends with some cross-entropy CE and some information I. Its objective is
+below log 10, that of a net that knows nothing, exactly while
+
+    beta < r,   r = (log 10 - CE) * N / I,   label nats memorised per nat in the weights,
+
+so beta* = max r is where memory ceases to pay. No code is shorter than random labels: r <= 1, and
+beta* -> 1 means that training finds an ideal code. Every parameter has noise and is counted.
+
+Protocol, chosen by the objective at N = 1,000, beta = 0.4 on seeds that the grid does not use:
+Adam; learning rates held to 60% of the steps, then a cosine to 0; beta as in beta_at. Training
+cross-entropy and accuracy: sampled weights, batch statistics, as in training.
 """
 import math
 
@@ -17,18 +27,18 @@ import torch.nn.functional as F
 from matplotlib.tri import Triangulation
 
 from common import (StochasticConv2d, StochasticLinear, accuracy, bn_recalibrated, claim,
-                    complete_seeds, corrupt_labels, crossing, draw_subset, fmt, ib_loss, load_images, lr_factor, minibatches, new_figure,
-                    normalise, ok_rows, param_groups, parse_args, per_seed, plot_points, predict,
-                    prior_divergence, run_grid, save_figure, save_tables, summarise,
-                    weight_information)
+                    complete_seeds, corrupt_labels, crossing, draw_subset, fmt, ib_loss,
+                    load_images, lr_factor, minibatches, new_figure, normalise, ok_rows,
+                    param_groups, parse_args, per_seed, plot_points, predict, prior_divergence,
+                    run_grid, save_figure, save_tables, summarise, weight_information)
 
-# What a cell is trained and measured with; stored in its row. All N take steps * max(1, N/300)^0.4.
+# What a cell is trained and measured with, stored in its row. It takes steps * max(1, N/300)^0.4.
 SETTINGS = {
-    "demo": dict(width=1 / 8, steps=2000, batch=50, lr=0.012, lr_noise=0.16, hold=0.6, warm_up=0.4,
+    "demo": dict(width=1 / 8, steps=2000, batch=50, lr=0.012, lr_noise=0.16, hold=0.6, peak=0.5,
                  test=1000),
-    "cpu": dict(width=1 / 4, steps=5000, batch=100, lr=0.024, lr_noise=0.16, hold=0.6, warm_up=0.4,
+    "cpu": dict(width=1 / 4, steps=5000, batch=100, lr=0.024, lr_noise=0.16, hold=0.6, peak=0.5,
                 test=5000),
-    "paper": dict(width=1, steps=10_000, batch=100, lr=0.012, lr_noise=0.16, hold=0.6, warm_up=0.4,
+    "paper": dict(width=1, steps=10_000, batch=100, lr=0.012, lr_noise=0.16, hold=0.6, peak=0.5,
                   test=10_000),
 }
 BETAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 2.0, 3.0)
@@ -87,6 +97,15 @@ def load_data(args):
     return load_images(dataset, args.data_dir, largest, s["test"])
 
 
+def beta_at(t, beta, peak):
+    """beta at fraction t of the steps: to max(beta, peak) over 40%, to beta from 50% to 70%.
+
+    A net that has been at a larger beta and comes down holds fewer nats than one that has not.
+    """
+    top = max(beta, peak)
+    return top * min(1, t / 0.4) if t < 0.5 else top + (beta - top) * min(1, (t - 0.5) / 0.2)
+
+
 def train_cell(cell, device, args, progress):
     """Train one net on random or real labels, and measure it."""
     s, n, beta = SETTINGS[args.scale], cell["n"], cell["beta"]
@@ -110,7 +129,7 @@ def train_cell(cell, device, args, progress):
     batches = minibatches(n, s["batch"], device)
     for step in range(steps):
         index = next(batches)
-        now = beta * min(1, step / (s["warm_up"] * steps))
+        now = beta_at(step / steps, beta, s["peak"])
         if cell.get("prior") == "gaussian":
             divergence = prior_divergence(model, model.state_dict() | start)
             loss = F.cross_entropy(model(x[index]), y[index]) + now / n * divergence
@@ -134,7 +153,7 @@ def measure(model, information, beta, batch, x, y, x_test, y_test):
     """What a row holds. Accuracies and cross-entropies of sampled weights unless named mean."""
     n, batch, nats, right = len(x), min(batch, len(x)), [], []
     model.train()
-    for _ in range(max(1, 4000 // n)):  # batch statistics and a new sample per batch, as in training
+    for _ in range(max(1, 4000 // n)):  # batch statistics, a new sample of weights per batch
         for index in torch.randperm(n, device=x.device)[:n - n % batch].split(batch):
             logits = model(x[index])
             nats.append(F.cross_entropy(logits, y[index]).item())
@@ -162,204 +181,191 @@ PAPER_CROSSING = {100: 1.3, 300: 0.49, 1000: 0.63, 3000: 0.74, 10_000: 0.60, 30_
 LOG10 = math.log(10)  # nats of a random label; cross-entropy of a net that knows nothing
 
 
-def code_efficiency(row):
-    """r: label nats memorised per nat in the weights; nan for a net that memorised next to none.
-
-    Memory lowers the objective exactly while beta < r: cross-entropy + beta * I/N < log 10.
-    """
-    if row["train_acc"] < 0.3:
-        return math.nan
-    return (LOG10 - row["cross_entropy_batch"]) * row["n"] / row["information"]
+def add_derived(rows):
+    """The rows that did not diverge, with nats per sample, and r: 0 below 30% accuracy."""
+    rows = ok_rows(rows)
+    for row in rows:
+        row["nats"] = row["information"] / row["n"]
+        memorised = row["train_acc_batch"] > 0.3
+        row["r"] = (LOG10 - row["cross_entropy_batch"]) / row["nats"] if memorised else 0.0
+    return rows
 
 
 def equilibrium(rows):
     """beta*: the largest r that any of these states reaches. Above it no memory pays."""
-    return max((r["r"] for r in rows if math.isfinite(r["r"])), default=math.nan)
+    return max(row["r"] for row in rows)
 
 
 def repricing_gap(rows):
-    """Nats per sample by which a row's objective exceeds that of another row's final state, priced
-    at its beta: the largest over rows with beta <= beta*. rows: one N, one seed."""
-    beta = np.array([r["beta"] for r in rows])
-    loss = np.array([r["cross_entropy_batch"] for r in rows])
-    nats = np.array([r["information"] / r["n"] for r in rows])
-    repriced = loss + beta[:, None] * nats  # [row, state]
-    gap = repriced.diagonal() - repriced.min(1)
-    return float(gap[beta <= equilibrium(rows)].max(initial=0))
+    """How far a cell of one N and seed is above another's final state at its own beta, at most.
+
+    Over the cells with beta <= beta*, in nats per sample. 0: each is the best state found.
+    """
+    gaps = [row["objective"] - other["cross_entropy_batch"] - row["beta"] * other["nats"]
+            for row in rows if row["beta"] <= equilibrium(rows) for other in rows]
+    return max(gaps, default=0.0)
 
 
-def listed(values, form="{:.2f}"):
-    """{N: one value per seed} as text."""
-    return "; ".join(f"N={n:,} {fmt(v, form)}" for n, v in values.items())
-
-
-def slope(rows, sizes):
-    """Exponent of information ~ N^exponent between the smallest and the largest of these N."""
-    nats = {r["n"]: r["information"] for r in rows}
-    low, high = sizes[0], sizes[-1]
-    return math.log(nats[high] / nats[low]) / math.log(high / low)
-
-
-def claims(random, real, everything, s):
-    """The claims table. random, real: main cells of complete seeds; everything: all ok rows."""
-    grid, table = GRID[s], []
-    sizes, low = grid["sizes"], min(grid["random"])
-
-    def by_size(function, rows):  # {N: value per seed}
-        return {n: per_seed(function, ok_rows(rows, n=n)) for n in sizes}
+def claims(random, real, ok, grid):
+    """The claims table. random, real: main cells of complete seeds; ok: all rows."""
+    table, sizes = [], grid["sizes"]
 
     def add(sentence, paper, values, holds, form="{:.2f}"):
-        table.append(claim(sentence, paper, listed(values, form), holds))
+        ours = "; ".join(f"N={n:,} {fmt(v, form)}" for n, v in values.items())
+        table.append(claim(sentence, paper, ours, holds))
+
+    def by_size(function, rows):  # {N: one value per seed}
+        return {n: per_seed(function, ok_rows(rows, n=n)) for n in sizes}
+
+    def exponent(rows, low, high):  # of information ~ N^exponent at beta = 0.1, between two N
+        nats = {row["n"]: row["information"] for row in rows if row["beta"] == 0.1}
+        return math.log(nats[high] / nats[low]) / math.log(high / low)
 
     if random:
-        star = by_size(equilibrium, random)
-        mean_star = {n: np.mean(v) for n, v in star.items()}
-        add("random labels: train accuracy is at least 85% wherever β ≤ β*/2", "yes",
-            by_size(lambda rows: min(r["train_acc"] for r in rows if r["beta"] <= mean_star[rows[0]["n"]] / 2), random),
-            all(r["train_acc"] >= 0.85 for r in random if r["beta"] <= mean_star[r["n"]] / 2), "{:.1%}")
-        add("random labels: β*, where memory ceases to pay, is between 0.7 and 1 for every N",
-            "1 (theory)", star, all(0.7 <= v <= 1 for v in mean_star.values()))
-        below = max(b for b in grid["random"] if b < 1)
-        add(f"memorising pays for every β < 1 measured, that is β* > {below:g} (Sec. 7.1)", "yes",
-            star, all(v > below for v in mean_star.values()))
-        ratios = [r["r"] for r in everything if r["labels"] == "random" and math.isfinite(r["r"])]
-        table.append(claim("no code is shorter than random labels: r ≤ 1 in every cell",
-                           "theory", f"largest {max(ratios):.3f} of {len(ratios)}", max(ratios) <= 1))
-        gaps = by_size(repricing_gap, random)
-        add("converged: no state is beaten at its β by another cell's final state, by more than "
-            "0.03 nats per sample (largest gap)", "–", gaps, all(max(v) <= 0.03 for v in gaps.values()))
-        exponents = per_seed(lambda rows: slope(ok_rows(rows, beta=low), sizes), random)
-        table.append(claim(f"random labels, β = {low:g}: information grows linearly with N "
-                           "(exponent 0.9 to 1.1)", "linear", fmt(exponents),
-                           0.9 <= np.mean(exponents) <= 1.1))
-    if real:
-        exponents = per_seed(lambda rows: slope(ok_rows(rows, beta=low), sizes[-2:]), real)
-        table.append(claim(f"real labels, β = {low:g}: information saturates (exponent below 0.5 "
-                           f"from N = {sizes[-2]:,} to {sizes[-1]:,})", "saturates", fmt(exponents),
-                           np.mean(exponents) < 0.5))
-        best = {n: max(summarise(real, "beta", "test_acc", n=n), key=lambda p: p[1])[0] for n in sizes}
-        add("real labels: test accuracy is best at a β from 0.5 to 2, for every N", "near 1",
-            best, all(0.5 <= b <= 2 for b in best.values()), "{:g}")
-    above = min((b for b in set(grid["random"]) & set(grid["real"]) if b > 1), default=None)
-    if random and real and above:
-        gap = by_size(lambda rows: rows[0]["train_acc"] - rows[0]["test_acc_sampled"],
-                      ok_rows(real, beta=above))
-        learned = by_size(lambda rows: rows[0]["train_acc"], ok_rows(real, beta=above))
-        chance = by_size(lambda rows: rows[0]["train_acc"], ok_rows(random, beta=above))
-        table.append(claim(
-            f"β = {above:g}: real labels are learned (over 20%) without overfitting (train within 10 points of "
-            "test), random ones are not (under 20%)", "yes",
-            f"real {listed(learned, '{:.0%}')}; gap {listed(gap, '{:.0%}')}; random {listed(chance, '{:.0%}')}",
-            all(np.mean(learned[n]) > 0.2 > np.mean(chance[n]) and np.mean(gap[n]) < 0.1 for n in sizes)))
+        star, gaps = by_size(equilibrium, random), by_size(repricing_gap, random)
+        half = [row for row in random if row["beta"] <= np.mean(star[row["n"]]) / 2]
+        least = by_size(lambda rows: min(row["train_acc_batch"] for row in rows), half)
+        below = max(beta for beta in grid["random"] if beta < 1)
+        r = [row["r"] for row in ok if row["labels"] == "random" and row["r"] > 0]
+        add("random labels: train accuracy is at least 85% wherever β ≤ β*/2", "–", least,
+            all(min(v) >= 0.85 for v in least.values()), "{:.1%}")
+        add("random labels: β*, where memory ceases to pay, is between 0.7 and 1", "1 (theory)",
+            star, all(0.7 <= np.mean(v) <= 1 for v in star.values()))
+        add(f"random labels: memory pays at every β < 1 measured (Sec. 7.1), so β* > {below:g}",
+            "yes", star, all(np.mean(v) > below for v in star.values()))
+        add("converged: no cell is beaten at its β by another's final state by over 0.03 nats",
+            "–", gaps, all(max(v) <= 0.03 for v in gaps.values()))
+        table.append(claim("no code is shorter than random labels: r ≤ 1 in every cell", "theory",
+                           f"largest of {len(r)}: {max(r):.2f}", max(r) <= 1))
+    if random and len(sizes) > 1:
+        powers = per_seed(lambda rows: exponent(rows, sizes[0], sizes[-1]), random)
+        table.append(claim("random labels: information grows linearly with N (exponent 0.9 to 1.1)",
+                           "linear", fmt(powers), 0.9 <= np.mean(powers) <= 1.1))
+    if real and len(sizes) > 1:
+        powers = per_seed(lambda rows: exponent(rows, *sizes[-2:]), real)
+        table.append(claim("real labels: information saturates (exponent below 0.5 at the end)",
+                           "saturates", fmt(powers), np.mean(powers) < 0.5))
+        best = {n: max(summarise(real, "beta", "test_acc", n=n), key=lambda p: p[1])[0]
+                for n in sizes}
+        add("real labels: test accuracy is best at a β from 0.5 to 2", "near 1", best,
+            all(0.5 <= beta <= 2 for beta in best.values()), "{:g}")
+    if random and real:
+        beta = min(beta for beta in grid["random"] if beta > 1)
+        train, test, chance = (
+            {n: [row[key] for row in ok_rows(rows, n=n, beta=beta)] for n in sizes} for rows, key in
+            ((real, "train_acc"), (real, "test_acc_sampled"), (random, "train_acc")))
+        gap = {n: np.subtract(train[n], test[n]) for n in sizes}
+        add(f"β = {beta:g}: random labels are not learned (train accuracy below 20%)", "yes",
+            chance, all(np.mean(v) < 0.2 for v in chance.values()), "{:.0%}")
+        add("and real ones are, above 20%", "yes", train,
+            all(np.mean(v) > 0.2 for v in train.values()), "{:.0%}")
+        add("without overfitting: train within 10 points of test", "yes", gap,
+            all(np.mean(v) < 0.1 for v in gap.values()), "{:.0%}")
     return table
 
 
-def plot(rows, args):
-    s = args.scale
-    ok = ok_rows(rows)
-    main = [r for r in ok if "budget" not in r and "prior" not in r]
+def measured(ok):
+    """What was measured on random labels, for each N, beta, steps and prior; means over seeds."""
+    groups, columns = {}, {"train accuracy": "train_acc_batch", "objective": "objective",
+                           "cross-entropy": "cross_entropy_batch", "I/N": "nats", "r": "r"}
+    for row in ok_rows(ok, labels="random"):
+        cell = row["n"], row["beta"], row["steps"], row.get("prior", "log-uniform")
+        groups.setdefault(cell, []).append(row)
+    return [dict(zip(("N", "β", "steps", "prior"), cell)) | {"seeds": len(rows)}
+            | {name: fmt([row[key] for row in rows]) for name, key in columns.items()}
+            for cell, rows in sorted(groups.items())]
+
+
+def plot(ok, args):
+    width = SETTINGS[args.scale]["width"]
+    main = [row for row in ok if "budget" not in row and "prior" not in row]
     random, real = ok_rows(main, labels="random"), ok_rows(main, labels="real")
-    sizes = sorted({r["n"] for r in ok})
-    colours = dict(zip(sizes, plt.cm.viridis(np.linspace(0, 0.85, len(sizes)))))
-    title = (f"Fig. 1: Small AlexNet, width ×{SETTINGS[s]['width']:g}, {args.dataset}, scale {s}, "
-             f"up to {len({r['seed'] for r in ok})} seeds per cell, {len(rows) - len(ok)} diverged")
-    fig, axes = new_figure(2, 4, title)
-    panels = [(random, "train_acc"), (real, "train_acc"), (random, "test_acc"), (real, "test_acc")]
-    for ax, (some, key) in zip(axes[0], panels):
-        plot_map(ax, some, key)
-    colour_scale = plt.cm.ScalarMappable(plt.Normalize(0.12, 0.98), "coolwarm")
-    fig.colorbar(colour_scale, ax=axes[0, -1], label="accuracy; interpolated between the dots")
+    sizes = sorted({row["n"] for row in ok})
+    fig, axes = new_figure(2, 4, f"Fig. 1: Small AlexNet, width ×{width:g}, {args.dataset}, scale "
+                           f"{args.scale}, up to {len({row['seed'] for row in ok})} seeds per cell")
+    plot_map(axes[0, 0], random, "train_acc_batch", "train accuracy, random labels")
+    plot_map(axes[0, 1], real, "train_acc_batch", "train accuracy, real labels")
+    plot_map(axes[0, 2], random, "test_acc", "test accuracy, random labels")
+    plot_map(axes[0, 3], real, "test_acc", "test accuracy, real labels")
+    bar = plt.cm.ScalarMappable(plt.Normalize(0.12, 0.98), "coolwarm")
+    fig.colorbar(bar, ax=axes[0, 3], label="accuracy, interpolated between the dots")
+    axes[0, 1].axhline(-2.8, color="0.35", ls=":", lw=2, label="paper's second line")
+    for points, colour, name in (
+            (PAPER_CROSSING, "0.35", "paper's 55%"),
+            ({n: crossing(summarise(random, "beta", "train_acc_batch", n=n), 0.55) for n in sizes},
+             "w", "our 55%")):
+        path = np.log10([[n, beta / n] for n, beta in points.items() if n <= sizes[-1]]).T
+        axes[0, 0].plot(*path, color=colour, lw=2, label=name)
 
-    ax = axes[1, 0]
-    for n in sizes:
-        plot_points(ax, summarise(random, "beta", "train_acc", n=n), color=colours[n], label=f"N = {n:,}")
-        ax.plot(PAPER_CROSSING.get(n, math.nan), 0.55, "D", mfc="0.8", mec=colours[n], ms=8)
-    ax.plot([], [], "D", mfc="0.8", mec="0.4", ms=8, label="paper's 55%, same N")
-    ax.set(xlabel="β", ylabel="train accuracy, sampled weights", title="random labels: the transition")
-
-    ax = axes[1, 1]
-    for n in sizes:
-        plot_points(ax, summarise([r for r in random if math.isfinite(r["r"])], "beta", "r", n=n),
-                    color=colours[n], label=f"N = {n:,}")
-    proper = [r for r in ok if r.get("prior") == "gaussian" and math.isfinite(r["r"])]
-    for r in proper:
-        ax.plot(r["beta"], r["r"], "x", color=colours[r["n"]], ms=5)
-    ax.plot([], [], "x", color="0.4", label="proper Gaussian prior")
-    line = np.array([0.05, 1.0])
-    ax.plot(line, line, "k-", lw=1, label="r = β: right of it memory does not pay")
-    ax.axhline(1, color="0.5", ls=":", label="r = 1: an ideal code")
-    ax.set(xlabel="β", ylabel="r, label nats per nat in the weights", title="random labels: efficiency of the code")
-
-    ax = axes[1, 2]
-    for n in sizes:
-        some = [r for r in ok_rows(ok, labels="random", n=n) if "prior" not in r]
+    accuracy_ax, r_ax, steps_ax, nats_ax = axes[1]
+    for n, colour in zip(sizes, plt.cm.viridis(np.linspace(0, 0.85, len(sizes)))):
+        style = dict(color=colour, label=f"N = {n:,}")
+        plot_points(accuracy_ax, summarise(random, "beta", "train_acc_batch", n=n), **style)
+        accuracy_ax.plot(PAPER_CROSSING.get(n), 0.55, "D", mfc="0.8", mec=colour, ms=8)
+        memorised = [row for row in ok_rows(ok, labels="random", n=n) if row["r"] > 0]
+        plot_points(r_ax, summarise(memorised, "beta", "r", budget=None, prior=None), **style)
+        plot_points(r_ax, summarise(memorised, "beta", "r", prior="gaussian"), "x", color=colour)
         star = []
-        for budget in sorted({r.get("budget", 1) for r in some}):
-            of = [r for r in some if r.get("budget", 1) == budget]
-            star += [{"status": "ok", "steps": of[0]["steps"], "star": v}
-                     for v in per_seed(equilibrium, of) if math.isfinite(v)]
-        plot_points(ax, summarise(star, "steps", "star"), color=colours[n], label=f"N = {n:,}")
-    ax.axhline(1, color="0.5", ls=":")
-    ax.set(xscale="log", xlabel="training steps", ylabel="β*, the largest r reached",
-           title="the equilibrium against training")
-
-    ax, low = axes[1, 3], min(GRID[s]["random"])
+        for steps in sorted({row["steps"] for row in memorised}):
+            star += [{"status": "ok", "steps": steps, "star": value} for value in per_seed(
+                equilibrium, ok_rows(memorised, steps=steps, prior=None))]
+        plot_points(steps_ax, summarise(star, "steps", "star"), **style)
+    accuracy_ax.plot([], [], "D", mfc="0.8", mec="0.4", ms=8, label="paper's 55%, same N")
+    accuracy_ax.set(xlabel="β", ylabel="train accuracy", title="random labels: the transition")
+    r_ax.plot([], [], "x", color="0.4", label="proper Gaussian prior")
+    r_ax.plot([0, 1], [0, 1], "k", lw=1, label="r = β: below it memory does not pay")
+    r_ax.set(xlabel="β", ylabel="r, label nats per nat in the weights", xlim=(0, 1.05),
+             title="random labels: efficiency of the code")
+    steps_ax.set(xlabel="training steps", ylabel="β* = largest r", xlim=(0, None),
+                 title="where memory ceases to pay, against training")
+    for ax in (r_ax, steps_ax):
+        ax.axhline(1, color="0.5", ls=":", label="r = 1: an ideal code")
+        ax.set_ylim(0, 1.05)
     for labels, colour in (("random", "C3"), ("real", "C0")):
-        plot_points(ax, summarise(main, "n", "per_sample", labels=labels, beta=low), color=colour,
+        plot_points(nats_ax, summarise(main, "n", "nats", labels=labels, beta=0.1), color=colour,
                     label=f"{labels} labels")
-    ax.axhline(LOG10, color="0.6", ls="--", label="log 10: a random label")
-    ax.set(xscale="log", xlabel="N", ylabel="I(w;D)/N, nats per sample",
-           title=f"information, β = {low:g}")
-    ax.set_ylim(bottom=0)
-    for ax in axes[1]:
-        ax.legend()
+    nats_ax.axhline(LOG10, color="0.6", ls="--", label="log 10: a random label")
+    nats_ax.set(xscale="log", xlabel="N", ylabel="I(w;D)/N, nats per sample",
+                title="information, β = 0.1", ylim=(0, None))
+    for ax in axes.flat:
+        ax.legend(facecolor="0.9")
     save_figure(fig, args)
 
 
-def plot_map(ax, rows, key):
-    """One of the paper's panels: accuracy over log10 N and log10(beta/N), between the cells."""
-    cells = sorted({(r["n"], r["beta"]) for r in rows})
-    labels = rows[0]["labels"] if rows else ""
-    value = [np.mean([r[key] for r in rows if (r["n"], r["beta"]) == cell]) for cell in cells]
+def plot_map(ax, rows, key, title):
+    """One of the paper's panels: accuracy over log10 N and log10(beta/N)."""
+    cells = sorted({(row["n"], row["beta"]) for row in rows})
+    value = [np.mean([row[key] for row in ok_rows(rows, n=n, beta=beta)]) for n, beta in cells]
     x, y = np.log10([[n, beta / n] for n, beta in cells]).reshape(-1, 2).T
-    if np.linalg.matrix_rank(np.stack([x, y, np.ones(len(x))])) == 3:
-        # triangulated over (log N, log beta), where the cells form a rectangle
+    if len(set(x)) > 1:  # triangulated over (log N, log beta), where the cells form a rectangle
         triangles = Triangulation(x, x + y).triangles
         ax.tricontourf(Triangulation(x, y, triangles), value, np.linspace(0.12, 0.98, 44),
                        cmap="coolwarm", extend="both")
     ax.plot(x, y, "k.", ms=2)
-    sizes = np.array(sorted({n for n, _ in cells}))
-    ax.plot(np.log10(sizes), -np.log10(sizes), "k--", lw=1, label="β = 1")
-    if (labels, key) == ("random", "train_acc"):
-        paper = [(n, b) for n, b in PAPER_CROSSING.items() if n <= sizes.max(initial=0)]
-        ours = [(n, crossing(summarise(rows, "beta", "train_acc", n=n), 0.55)) for n in sizes]
-        for contour, colour, name in ((paper, "0.35", "paper's 55%"), (ours, "w", "our 55%")):
-            path = np.log10([(n, b / n) for n, b in contour]).reshape(-1, 2)
-            ax.plot(*path.T, color=colour, lw=2, label=name)
-    if (labels, key) == ("real", "train_acc"):
-        ax.axhline(-2.8, color="0.35", ls=":", lw=2, label="paper's second line")
+    ax.plot(x, -x, "k--", lw=1, label="β = 1")
     ax.invert_yaxis()
-    ax.set(xlabel="log₁₀ N", ylabel="log₁₀(β/N)",
-           title=f"{key.split('_')[0]} accuracy, {labels} labels")
-    ax.legend(loc="upper right", facecolor="0.85")
+    ax.set(xlabel="log₁₀ N", ylabel="log₁₀(β/N)", title=title)
 
 
-def main_cells(scale):
+def main_cells(grid):
     """The cells of the paper's figure: (random labels, real labels)."""
-    grid = GRID[scale]
-    return [[{"labels": labels, "n": n, "beta": beta} for n in grid["sizes"] for beta in grid[labels]]
-            for labels in ("random", "real")]
+    return [[{"labels": labels, "n": n, "beta": beta} for n in grid["sizes"]
+             for beta in grid[labels]] for labels in ("random", "real")]
 
 
 def make_cells(scale):
-    random, real = main_cells(scale)
+    random, real = main_cells(GRID[scale])
     return random + real + GRID[scale]["extra"]
 
 
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
     rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data)
-    print(len(rows))
+    ok, grid = add_derived(rows), GRID[args.scale]
+    plot(ok, args)
+    random, real = (complete_seeds(ok, [cell | {"budget": None, "prior": None} for cell in cells])
+                    for cells in main_cells(grid))
+    save_tables(args, claims=claims(random, real, ok, grid), measured=measured(ok))
 
 
 if __name__ == "__main__":
