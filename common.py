@@ -299,10 +299,10 @@ def bn_recalibrated(model, batches, draw):
 
 
 def param_groups(model, lr, lr_noise):
-    """Two parameter groups for an optimiser: the log sigma^2 at lr_noise, all the rest at lr."""
+    """Two parameter groups for an optimiser: names ending in sigma2 at lr_noise, the rest at lr."""
     named = list(model.named_parameters())
-    noise = [p for name, p in named if name.endswith("log_sigma2")]
-    rest = [p for name, p in named if not name.endswith("log_sigma2")]
+    noise = [p for name, p in named if name.endswith("sigma2")]
+    rest = [p for name, p in named if not name.endswith("sigma2")]
     return [{"params": rest, "lr": lr}, {"params": noise, "lr": lr_noise}]
 
 
@@ -310,7 +310,7 @@ def lr_factor(t, hold=0.8):
     """Learning-rate factor at fraction t of the steps: 10% warm-up, 1 until hold, then a cosine."""
     if t < hold:
         return min(1, t / 0.1 + 0.001)
-    return 0.5 + 0.5 * math.cos(math.pi * (t - hold) / (1 - hold))
+    return 0.5 + 0.5 * math.cos(math.pi * (t - hold) / round(1 - hold, 9))
 
 
 @torch.no_grad()

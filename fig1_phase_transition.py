@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from matplotlib.tri import Triangulation
 
 from common import (StochasticConv2d, StochasticLinear, accuracy, bn_recalibrated, claim,
-                    complete_seeds, corrupt_labels, crossing, draw_subset, fmt, ib_loss,
-                    load_images, lr_factor, minibatches, new_figure, normalise, ok_rows,
-                    param_groups, parse_args, per_seed, plot_points, predict, prior_divergence,
-                    run_grid, save_figure, save_tables, summarise, weight_information)
+                    complete_seeds, corrupt_labels, crossing, draw_subset, fmt, load_images,
+                    lr_factor, minibatches, new_figure, normalise, ok_rows,
+                    param_groups, parse_args, per_seed, plot_points, predict, run_grid,
+                    save_figure, save_tables, summarise, weight_information)
 
 # What a cell is trained and measured with, stored in its row. It takes steps * max(1, N/300)^0.4.
 SETTINGS = {
@@ -43,14 +43,12 @@ SETTINGS = {
 }
 BETAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 2.0, 3.0)
 REAL_BETAS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.2, 2.0, 4.0, 10.0)
-# The cells. `extra`, of seed 0: a largest N; "budget", a multiple of the steps; another prior.
+# The cells. `extra`, of seed 0: a largest N, and "budget", a multiple of the steps.
 GRID = {
     "demo": dict(sizes=(100,), random=(0.1, 0.4, 0.7, 1.0, 1.3, 2.0), real=(0.1, 1.3), extra=[]),
     "cpu": dict(sizes=(100, 300, 1000, 3000), random=BETAS, real=REAL_BETAS, extra=[
         *({"labels": "random", "n": n, "beta": beta, "budget": budget, "seed": 0}
           for n in (100, 300, 1000, 3000) for budget in (0.25, 0.5, 2) for beta in (0.5, 0.7, 0.8)),
-        *({"labels": "random", "n": n, "beta": beta, "prior": "gaussian", "seed": 0}
-          for n in (100, 300, 1000) for beta in (0.05, 0.1, 0.2)),
         *({"labels": labels, "n": 10_000, "beta": beta, "seed": 0}
           for labels, betas in (("random", BETAS), ("real", REAL_BETAS)) for beta in betas)]),
     "paper": dict(sizes=(100, 300, 1000, 3000, 10_000, 30_000, 50_000), random=BETAS,
@@ -106,8 +104,8 @@ def beta_at(t, beta, peak):
     return top * min(1, t / 0.4) if t < 0.5 else top + (beta - top) * min(1, (t - 0.5) / 0.2)
 
 
-def train_cell(cell, device, args, progress):
-    """Train one net on random or real labels, and measure it."""
+def train_cell(cell, device, args, progress, information=weight_information):
+    """Train one net on random or real labels with this penalty, nats of a model, and measure it."""
     s, n, beta = SETTINGS[args.scale], cell["n"], cell["beta"]
     torch.manual_seed(cell["seed"])
     generator = torch.Generator().manual_seed(cell["seed"])
@@ -120,8 +118,6 @@ def train_cell(cell, device, args, progress):
     y, y_test = y.to(device), y_test.to(device)
 
     model = small_alexnet(s["width"], x.shape[1]).to(device)
-    start = {f"{name}.weight": m.weight.detach().clone() for name, m in model.named_modules()
-             if hasattr(m, "log_sigma2")}
     optimizer = torch.optim.Adam(param_groups(model, s["lr"], s["lr_noise"]), fused=True)
     steps = round(s["steps"] * max(1, n / 300) ** 0.4 * cell.get("budget", 1))
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -129,28 +125,23 @@ def train_cell(cell, device, args, progress):
     batches = minibatches(n, s["batch"], device)
     for step in range(steps):
         index = next(batches)
-        now = beta_at(step / steps, beta, s["peak"])
-        if cell.get("prior") == "gaussian":
-            divergence = prior_divergence(model, model.state_dict() | start)
-            loss = F.cross_entropy(model(x[index]), y[index]) + now / n * divergence
-        else:
-            loss, _, _ = ib_loss(model(x[index]), y[index], model, now, n)
+        penalty = beta_at(step / steps, beta, s["peak"]) / n
+        loss = F.cross_entropy(model(x[index]), y[index]) + penalty * information(model)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
         if step % 100 == 0 or step == steps - 1:
             progress(step, steps, loss.item())
-    information = weight_information(model)
-    if cell.get("prior") == "gaussian":
-        information = prior_divergence(model, model.state_dict() | start)
-    measured = measure(model, information.item(), beta, s["batch"], x, y, x_test, y_test)
-    return {"steps": steps} | measured
+    measured = measure(model, s["batch"], x, y, x_test, y_test)
+    nats = information(model).item()
+    objective = measured["cross_entropy_batch"] + beta * nats / n
+    return {"steps": steps, "objective": objective, "information": nats} | measured
 
 
 @torch.no_grad()
-def measure(model, information, beta, batch, x, y, x_test, y_test):
-    """What a row holds. Accuracies and cross-entropies of sampled weights unless named mean."""
+def measure(model, batch, x, y, x_test, y_test):
+    """Cross-entropies and accuracies, of sampled weights unless named mean; test_acc: of means."""
     n, batch, nats, right = len(x), min(batch, len(x)), [], []
     model.train()
     for _ in range(max(1, 4000 // n)):  # batch statistics, a new sample of weights per batch
@@ -166,13 +157,10 @@ def measure(model, information, beta, batch, x, y, x_test, y_test):
         train_mean = accuracy(predict(model, x), y)
         test_mean = accuracy(predict(model, x_test), y_test)
     labels = y.repeat(passes)
-    cross_entropy_batch = float(np.mean(nats))
-    return {"objective": cross_entropy_batch + beta * information / n,
-            "train_acc": accuracy(logits, labels),
-            "train_acc_batch": float(np.mean(right)), "train_acc_mean": train_mean,
-            "test_acc": test_mean, "test_acc_sampled": test_sampled,
+    return {"train_acc": accuracy(logits, labels), "train_acc_batch": float(np.mean(right)),
+            "train_acc_mean": train_mean, "test_acc": test_mean, "test_acc_sampled": test_sampled,
             "cross_entropy": F.cross_entropy(logits, labels).item(),
-            "cross_entropy_batch": cross_entropy_batch, "information": information}
+            "cross_entropy_batch": float(np.mean(nats))}
 
 
 # The paper's Fig. 1, digitised: beta at which train accuracy on random labels falls through 55%.
@@ -197,9 +185,9 @@ def equilibrium(rows):
 
 
 def repricing_gap(rows):
-    """How far a cell of one N and seed is above another's final state at its own beta, at most.
+    """How far, at most, a cell with beta <= beta* is above another's final state at its own beta.
 
-    Over the cells with beta <= beta*, in nats per sample. 0: each is the best state found.
+    rows: of one N and seed. Nats per sample; 0: each is the best state found.
     """
     gaps = [row["objective"] - other["cross_entropy_batch"] - row["beta"] * other["nats"]
             for row in rows if row["beta"] <= equilibrium(rows) for other in rows]
@@ -208,77 +196,74 @@ def repricing_gap(rows):
 
 def claims(random, real, ok, grid):
     """The claims table. random, real: main cells of complete seeds; ok: all rows."""
-    table, sizes = [], grid["sizes"]
+    table, sizes, betas = [], grid["sizes"], grid["random"]
 
-    def add(sentence, paper, values, holds, form="{:.2f}"):
+    def add(sentence, paper, values, holds, form="{:.2f}"):  # holds: of the mean over seeds
         ours = "; ".join(f"N={n:,} {fmt(v, form)}" for n, v in values.items())
-        table.append(claim(sentence, paper, ours, holds))
+        table.append(claim(sentence, paper, ours, all(holds(np.mean(v)) for v in values.values())))
 
     def by_size(function, rows):  # {N: one value per seed}
         return {n: per_seed(function, ok_rows(rows, n=n)) for n in sizes}
 
-    def exponent(rows, low, high):  # of information ~ N^exponent at beta = 0.1, between two N
-        nats = {row["n"]: row["information"] for row in rows if row["beta"] == 0.1}
-        return math.log(nats[high] / nats[low]) / math.log(high / low)
+    def growth(rows, low, high):  # {high: exponents of information ~ N^exponent, beta = 0.1}
+        nats = {n: per_seed(lambda rows: rows[0]["information"], ok_rows(rows, n=n, beta=0.1))
+                for n in (low, high)}
+        return {high: np.log(nats[high] / nats[low]) / math.log(high / low)}
 
     if random:
-        star, gaps = by_size(equilibrium, random), by_size(repricing_gap, random)
+        star = by_size(equilibrium, random)
         half = [row for row in random if row["beta"] <= np.mean(star[row["n"]]) / 2]
-        least = by_size(lambda rows: min(row["train_acc_batch"] for row in rows), half)
-        below = max(beta for beta in grid["random"] if beta < 1)
-        r = [row["r"] for row in ok if row["labels"] == "random" and row["r"] > 0]
-        add("random labels: train accuracy is at least 85% wherever β ≤ β*/2", "–", least,
-            all(min(v) >= 0.85 for v in least.values()), "{:.1%}")
+        below = max(beta for beta in betas if beta < 1)
+        largest = max(row["r"] for row in ok if row["labels"] == "random")
+        add("random labels: train accuracy is at least 85% wherever β ≤ β*/2", "–",
+            by_size(lambda rows: min(row["train_acc_batch"] for row in rows), half),
+            lambda v: v >= 0.85, "{:.1%}")
         add("random labels: β*, where memory ceases to pay, is between 0.7 and 1", "1 (theory)",
-            star, all(0.7 <= np.mean(v) <= 1 for v in star.values()))
+            star, lambda v: 0.7 <= v <= 1)
         add(f"random labels: memory pays at every β < 1 measured (Sec. 7.1), so β* > {below:g}",
-            "yes", star, all(np.mean(v) > below for v in star.values()))
+            "yes", star, lambda v: v > below)
         add("converged: no cell is beaten at its β by another's final state by over 0.03 nats",
-            "–", gaps, all(max(v) <= 0.03 for v in gaps.values()))
+            "–", by_size(repricing_gap, random), lambda v: v <= 0.03)
         table.append(claim("no code is shorter than random labels: r ≤ 1 in every cell", "theory",
-                           f"largest of {len(r)}: {max(r):.2f}", max(r) <= 1))
-    if random and len(sizes) > 1:
-        powers = per_seed(lambda rows: exponent(rows, sizes[0], sizes[-1]), random)
-        table.append(claim("random labels: information grows linearly with N (exponent 0.9 to 1.1)",
-                           "linear", fmt(powers), 0.9 <= np.mean(powers) <= 1.1))
+                           f"largest {largest:.2f}", largest <= 1))
+        if len(sizes) > 1:
+            add("random labels: information grows linearly with N (exponent 0.9 to 1.1)", "linear",
+                growth(random, sizes[0], sizes[-1]), lambda v: 0.9 <= v <= 1.1)
     if real and len(sizes) > 1:
-        powers = per_seed(lambda rows: exponent(rows, *sizes[-2:]), real)
-        table.append(claim("real labels: information saturates (exponent below 0.5 at the end)",
-                           "saturates", fmt(powers), np.mean(powers) < 0.5))
+        add("real labels: information saturates (exponent below 0.5 at the end)", "saturates",
+            growth(real, *sizes[-2:]), lambda v: v < 0.5)
         best = {n: max(summarise(real, "beta", "test_acc", n=n), key=lambda p: p[1])[0]
                 for n in sizes}
         add("real labels: test accuracy is best at a β from 0.5 to 2", "near 1", best,
-            all(0.5 <= beta <= 2 for beta in best.values()), "{:g}")
+            lambda v: 0.5 <= v <= 2, "{:g}")
     if random and real:
-        beta = min(beta for beta in grid["random"] if beta > 1)
-        train, test, chance = (
-            {n: [row[key] for row in ok_rows(rows, n=n, beta=beta)] for n in sizes} for rows, key in
-            ((real, "train_acc"), (real, "test_acc_sampled"), (random, "train_acc")))
-        gap = {n: np.subtract(train[n], test[n]) for n in sizes}
+        beta = min(beta for beta in betas if beta > 1)
+        real, random = ok_rows(real, beta=beta), ok_rows(random, beta=beta)
         add(f"β = {beta:g}: random labels are not learned (train accuracy below 20%)", "yes",
-            chance, all(np.mean(v) < 0.2 for v in chance.values()), "{:.0%}")
-        add("and real ones are, above 20%", "yes", train,
-            all(np.mean(v) > 0.2 for v in train.values()), "{:.0%}")
-        add("without overfitting: train within 10 points of test", "yes", gap,
-            all(np.mean(v) < 0.1 for v in gap.values()), "{:.0%}")
+            by_size(lambda rows: rows[0]["train_acc"], random), lambda v: v < 0.2, "{:.0%}")
+        add(f"β = {beta:g}: real labels are learned (train accuracy above 20%)", "yes",
+            by_size(lambda rows: rows[0]["train_acc"], real), lambda v: v > 0.2, "{:.0%}")
+        add(f"β = {beta:g}: they are not overfitted (train within 10 points of test)", "yes",
+            by_size(lambda rows: rows[0]["train_acc"] - rows[0]["test_acc_sampled"], real),
+            lambda v: v < 0.1, "{:.0%}")
     return table
 
 
 def measured(ok):
-    """What was measured on random labels, for each N, beta, steps and prior; means over seeds."""
-    groups, columns = {}, {"train accuracy": "train_acc_batch", "objective": "objective",
+    """What was measured, for each kind of labels, N, beta and steps; means over the seeds."""
+    groups, columns = {}, {"train": "train_acc_batch", "test": "test_acc", "objective": "objective",
                            "cross-entropy": "cross_entropy_batch", "I/N": "nats", "r": "r"}
-    for row in ok_rows(ok, labels="random"):
-        cell = row["n"], row["beta"], row["steps"], row.get("prior", "log-uniform")
+    for row in ok:
+        cell = row["labels"], row["n"], row["beta"], row["steps"]
         groups.setdefault(cell, []).append(row)
-    return [dict(zip(("N", "β", "steps", "prior"), cell)) | {"seeds": len(rows)}
+    return [dict(zip(("labels", "N", "β", "steps"), cell)) | {"seeds": len(rows)}
             | {name: fmt([row[key] for row in rows]) for name, key in columns.items()}
             for cell, rows in sorted(groups.items())]
 
 
 def plot(ok, args):
     width = SETTINGS[args.scale]["width"]
-    main = [row for row in ok if "budget" not in row and "prior" not in row]
+    main = ok_rows(ok, budget=None)
     random, real = ok_rows(main, labels="random"), ok_rows(main, labels="real")
     sizes = sorted({row["n"] for row in ok})
     fig, axes = new_figure(2, 4, f"Fig. 1: Small AlexNet, width ×{width:g}, {args.dataset}, scale "
@@ -290,12 +275,10 @@ def plot(ok, args):
     bar = plt.cm.ScalarMappable(plt.Normalize(0.12, 0.98), "coolwarm")
     fig.colorbar(bar, ax=axes[0, 3], label="accuracy, interpolated between the dots")
     axes[0, 1].axhline(-2.8, color="0.35", ls=":", lw=2, label="paper's second line")
-    for points, colour, name in (
-            (PAPER_CROSSING, "0.35", "paper's 55%"),
-            ({n: crossing(summarise(random, "beta", "train_acc_batch", n=n), 0.55) for n in sizes},
-             "w", "our 55%")):
+    ours = {n: crossing(summarise(random, "beta", "train_acc_batch", n=n), 0.55) for n in sizes}
+    for points, colour, name in ((PAPER_CROSSING, "0.35", "paper's"), (ours, "w", "our")):
         path = np.log10([[n, beta / n] for n, beta in points.items() if n <= sizes[-1]]).T
-        axes[0, 0].plot(*path, color=colour, lw=2, label=name)
+        axes[0, 0].plot(*path, color=colour, lw=2, label=f"{name} 55%")
 
     accuracy_ax, r_ax, steps_ax, nats_ax = axes[1]
     for n, colour in zip(sizes, plt.cm.viridis(np.linspace(0, 0.85, len(sizes)))):
@@ -303,16 +286,13 @@ def plot(ok, args):
         plot_points(accuracy_ax, summarise(random, "beta", "train_acc_batch", n=n), **style)
         accuracy_ax.plot(PAPER_CROSSING.get(n), 0.55, "D", mfc="0.8", mec=colour, ms=8)
         memorised = [row for row in ok_rows(ok, labels="random", n=n) if row["r"] > 0]
-        plot_points(r_ax, summarise(memorised, "beta", "r", budget=None, prior=None), **style)
-        plot_points(r_ax, summarise(memorised, "beta", "r", prior="gaussian"), "x", color=colour)
-        star = []
-        for steps in sorted({row["steps"] for row in memorised}):
-            star += [{"status": "ok", "steps": steps, "star": value} for value in per_seed(
-                equilibrium, ok_rows(memorised, steps=steps, prior=None))]
+        plot_points(r_ax, summarise(memorised, "beta", "r", budget=None), **style)
+        star = [{"status": "ok", "steps": steps, "star": value}
+                for steps in sorted({row["steps"] for row in memorised})
+                for value in per_seed(equilibrium, ok_rows(memorised, steps=steps))]
         plot_points(steps_ax, summarise(star, "steps", "star"), **style)
     accuracy_ax.plot([], [], "D", mfc="0.8", mec="0.4", ms=8, label="paper's 55%, same N")
     accuracy_ax.set(xlabel="β", ylabel="train accuracy", title="random labels: the transition")
-    r_ax.plot([], [], "x", color="0.4", label="proper Gaussian prior")
     r_ax.plot([0, 1], [0, 1], "k", lw=1, label="r = β: below it memory does not pay")
     r_ax.set(xlabel="β", ylabel="r, label nats per nat in the weights", xlim=(0, 1.05),
              title="random labels: efficiency of the code")
@@ -363,8 +343,7 @@ def main():
     rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data)
     ok, grid = add_derived(rows), GRID[args.scale]
     plot(ok, args)
-    random, real = (complete_seeds(ok, [cell | {"budget": None, "prior": None} for cell in cells])
-                    for cells in main_cells(grid))
+    random, real = (complete_seeds(ok_rows(ok, budget=None), cells) for cells in main_cells(grid))
     save_tables(args, claims=claims(random, real, ok, grid), measured=measured(ok))
 
 
