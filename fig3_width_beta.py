@@ -127,90 +127,115 @@ CHANCE = 90.0  # test error in % of a net that learned nothing
 
 
 def add_derived(rows):
-    """The rows that did not diverge, with test errors in % and nats per sample."""
-    return [row | {"error": 100 * (1 - row["test_acc"]),
-                   "sampled_error": 100 * (1 - row["test_acc_sampled"]),
-                   "nats": (row["information"] or 0) / row["n"]} for row in ok_rows(rows)]
+    """The rows that did not diverge, with test errors in %, nats per sample, and collapse."""
+    rows = ok_rows(rows)
+    for row in rows:
+        row["error"] = 100 * (1 - row["test_acc"])
+        row["sampled_error"] = 100 * (1 - row["test_acc_sampled"])
+        row["nats"] = (row["information"] or 0) / row["n"]
+        row["collapsed"] = row["panel"] == "beta" and row["nats"] < 1e-3
+    return rows
+
+
+def errors_by(rows, key):
+    """{value of the key: test errors of the seeds, %}, in the order of the values."""
+    return {value: np.array([row["error"] for row in rows if row[key] == value])
+            for value in sorted({row[key] for row in rows})}
 
 
 def claims(ok, scale):
     """The claims table, over the seeds of which no cell is missing."""
     width, beta = (complete_seeds(ok, cells) for cells in make_cells(scale))
-    table = []
+    table = width_claims(errors_by(width, "width")) if width else []
+    return table + (beta_claims(errors_by(beta, "beta")) if beta else [])
 
-    def errors(rows, key):  # {value of the key: test error of each seed}
-        return {value: np.array([row["error"] for row in rows if row[key] == value])
-                for value in sorted({row[key] for row in rows})}
 
-    if width:
-        by_width = errors(width, "width")
-        best, widest = min(by_width, key=lambda w: by_width[w].mean()), max(by_width)
-        previous = sorted(by_width)[-2]
-        last = abs(by_width[widest].mean() - by_width[previous].mean())
-        if best != widest or last < 0.5:  # else error still falls: no plateau was reached
-            table.append(claim(
-                "width, weight decay only: the widest net is within 1.5 points of the best",
-                "best 8.45%, widest 9.45%", f"best ×{best:g} {fmt(by_width[best], '{:.1f}%')}; "
-                f"widest ×{widest:g} {fmt(by_width[widest], '{:.1f}%')}",
-                by_width[widest].mean() - by_width[best].mean() <= 1.5))
+def width_claims(errors):
+    table, text = [], {width: f"×{width:g} {fmt(v, '{:.1f}%')}" for width, v in errors.items()}
+    means = {width: v.mean() for width, v in errors.items()}
+    best, widest = min(means, key=means.get), max(means)
+    steps = np.diff(list(means.values()))
+    if best != widest or steps[-1] > -0.5:  # else error still falls: no plateau was reached
         table.append(claim(
-            "width: test error falls by more than 0.5 points with every doubling measured",
-            "to half a million weights", "; ".join(f"×{w:g} {fmt(v, '{:.1f}%')}"
-                                                   for w, v in by_width.items()),
-            all(np.diff([v.mean() for v in by_width.values()]) < -0.5)))
-    if beta:
-        by_beta = errors(beta, "beta")
-        best, low, high = min(by_beta, key=lambda b: by_beta[b].mean()), min(by_beta), max(by_beta)
-        for end, name, points, paper in ((low, "left", 0.5, 9.16), (high, "right", 2.0, 9.64)):
-            gap = by_beta[end] - by_beta[best]
-            table.append(claim(
-                f"β, mean weights: the {name} end is worse than the best by {points:g} points and "
-                "the seeds' spread", f"best 8.06%, {name} end {paper:g}%",
-                f"best β = {best:.2g} {fmt(by_beta[best], '{:.1f}%')}; "
-                f"β = {end:g} {fmt(by_beta[end], '{:.1f}%')}",
-                gap.mean() > max(points, *(np.std(v, ddof=len(gap) > 1) for v in
-                                           (by_beta[best], by_beta[end])))))
-        table.append(claim("β, mean weights: the best lies strictly inside the range (a U)",
-                           "β = 0.03", f"β = {best:.2g}", low < best < high))
+            "width, weight decay only: the widest net is within 1.5 points of the best",
+            "best 8.45%, widest 9.45%", f"best {text[best]}; widest {text[widest]}",
+            means[widest] - means[best] <= 1.5))
+    table.append(claim(
+        "width: test error falls by more than 0.5 points with every doubling measured",
+        "to half a million weights", "; ".join(text.values()), all(steps < -0.5)))
+    return table
+
+
+def beta_claims(errors):
+    table, text = [], {beta: f"β = {beta:.3g} {fmt(v, '{:.1f}%')}" for beta, v in errors.items()}
+    means = {beta: v.mean() for beta, v in errors.items()}
+    spread = {beta: np.std(v, ddof=1) if len(v) > 1 else 0.0 for beta, v in errors.items()}
+    low, best, high = min(means), min(means, key=means.get), max(means)
+    for end, name, points, paper in ((low, "left", 0.5, 9.16), (high, "right", 2.0, 9.64)):
+        table.append(claim(
+            f"β, mean weights: the {name} end is worse than the best by over {points:g} points and "
+            "the seeds' spread", f"best 8.06%, {name} end {paper:g}%",
+            f"best {text[best]}; {text[end]}",
+            means[end] - means[best] > max(points, spread[best], spread[end])))
+    table.append(claim("β, mean weights: the best lies strictly inside the range (a U)",
+                       "β = 0.03", f"β = {best:.2g}", low < best < high))
     return table
 
 
 def plot(ok, args):
     grid, s = GRID[args.scale], SETTINGS[args.scale]
     width, beta = ok_rows(ok, panel="width"), ok_rows(ok, panel="beta")
-    fig, axes = new_figure(1, 4, f"Fig. 3: All-CNN, {s['n']:,} images, {args.dataset}, scale "
+    fig, axes = new_figure(2, 2, f"Fig. 3: All-CNN, {s['n']:,} images, {args.dataset}, scale "
                            f"{args.scale}, up to {len({row['seed'] for row in ok})} seeds per cell")
-    width_ax, beta_ax, nats_ax, paper_ax = axes[0]
-    points = summarise(width, "params", "error")
-    plot_points(width_ax, points, color="C0", label="ours")
-    names = {row["params"]: row["width"] for row in width}
-    for params, error, *_ in points:
-        width_ax.annotate(f"×{names[params]:.3g}", (params, error), (4, 5), fontsize=7,
-                          textcoords="offset points")
-    width_ax.set(xlabel="weights", ylabel="test error, %", title="width, weight decay only")
+    width_ax, relative_ax, beta_ax, nats_ax = axes.flat
+    plot_relative(width_ax, width, "params", PAPER_WIDTH, "C0")
+    plot_relative(relative_ax, beta, "beta", PAPER_BETA, "C3")
+    penalty = f"β, width ×{grid['beta_width']:g}, no weight decay"
+    width_ax.set(xlabel="weights", title="width, weight decay only")
+    relative_ax.set(xlabel="β", title=f"{penalty}, mean weights")
     for key, name, colour, form in (("error", "mean weights", "C3", "o-"),
                                     ("sampled_error", "sampled weights", "C1", "s--")):
         plot_points(beta_ax, summarise(beta, "beta", key), form, color=colour, label=name)
-        informed = [(max(row["nats"], 1e-3), row[key]) for row in beta]
-        if informed:
-            nats_ax.plot(*zip(*informed), form[0], color=colour, ms=4, label=name)
+        if beta:
+            nats = [max(row["nats"], 1e-3) for row in beta]
+            nats_ax.plot(nats, [row[key] for row in beta], form[0], color=colour, ms=4, label=name)
     for ax in (beta_ax, nats_ax):
-        ax.axhline(CHANCE, color="0.5", ls=":", label="collapse: nothing learned")
-    beta_ax.set(xlabel="β", ylabel="test error, %",
-                title=f"β, width ×{grid['beta_width']:g}, no weight decay")
-    nats_ax.set(xlabel="I(w;D)/N, nats per sample (at least 0.001)", ylabel="test error, %",
-                title="the same runs against information")
-    paper_ax.plot(*zip(*PAPER_BETA.items()), "s-", color="0.5", ms=4, label="against β")
-    above = paper_ax.twiny()
-    above.plot(*zip(*PAPER_WIDTH.items()), "^--", color="0.7", ms=4)
-    above.set(xscale="log", xlabel="weights")
-    above.grid(False)
-    paper_ax.plot([], [], "^--", color="0.7", label="against the number of weights, upper axis")
-    paper_ax.set(xlabel="β", ylabel="test error, %", title="the paper, 50,000 images")
-    for ax in axes[0]:
+        ax.axhline(CHANCE, color="0.5", ls=":", label="chance")
+    collapsed = ok_rows(beta, collapsed=True)
+    mark_collapsed(beta_ax, [(row["beta"], row["error"]) for row in collapsed])
+    mark_collapsed(nats_ax, [(1e-3, row["error"]) for row in collapsed])
+    beta_ax.set(xlabel="β", ylabel="test error, %", title=penalty)
+    nats_ax.set(xlabel="I(w;D)/N, nats per sample (drawn as 0.001 if less)",
+                ylabel="test error, %", title="the same runs against information")
+    for ax in axes.flat:
         ax.set_xscale("log")
         ax.legend()
+    nats_ax.legend(loc="lower left")
     save_figure(fig, args)
+
+
+def plot_relative(ax, rows, x, paper, colour):
+    """Test error divided by its best, ours (mean weights) and the paper's: the shapes compare."""
+    best = min(paper.values())
+    ax.plot(list(paper), [error / best for error in paper.values()], "s-", color="0.75", ms=4,
+            label=f"paper, 50,000 images, best {best:g}%")
+    if rows:
+        best = min(mean for _, mean, *_ in summarise(rows, x, "error"))
+        rows = [row | {"relative": row["error"] / best} for row in rows]
+        points = summarise(rows, x, "relative")
+        plot_points(ax, points, color=colour, label=f"ours, best {best:.1f}%")
+        mark_collapsed(ax, [(row[x], row["relative"]) for row in ok_rows(rows, collapsed=True)])
+        if x == "params":
+            names = {row["params"]: row["width"] for row in rows}
+            for params, relative, *_ in points:
+                ax.annotate(f"×{names[params]:.3g}", (params, relative), (5, 5), fontsize=7,
+                            textcoords="offset points")
+    ax.set(ylabel="test error, divided by its best")
+
+
+def mark_collapsed(ax, points):
+    if points:
+        ax.plot(*zip(*points), "kx", ms=9, label="collapsed: no information")
 
 
 def make_cells(scale):

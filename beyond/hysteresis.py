@@ -1,41 +1,43 @@
 """Hysteresis: memorising and chance coexist over a range of beta, and a net stays where it is.
 
-    python -m beyond.hysteresis --scale demo     # synthetic images, under a minute on 2 cores
-    python -m beyond.hysteresis --scale cpu      # CIFAR-10, 1/4 width, about 40 minutes on 2 cores
+    python -m beyond.hysteresis --scale demo     # synthetic images, half a minute on 2 cores
+    python -m beyond.hysteresis --scale cpu      # CIFAR-10, 1/4 width, about 30 minutes on 2 cores
 
-Fig. 1 trains every net from the start. Here one net is taken along beta in steps, on random labels:
-  start = "memorised": it memorises at the smallest beta, then beta is raised;
-  start = "chance":    it forgets at the largest beta, then beta is lowered, also to those `below`.
-At each beta it is trained for a fixed number of steps, with the whole schedule of the learning rate,
-and measured with batch statistics and sampled weights. Three values of beta describe the walks:
-  beta_up     upper edge: where train accuracy falls through 55% when beta is raised;
+Fig. 1 trains every net from the start. Here nets on random labels begin in one of two states:
+  start = "memorised": memorise at the smallest beta; then raise beta in steps;
+  start = "chance":    forget at the largest beta; then set beta to each smaller value, from that
+                       same state (in small steps the net would drift at chance on the way).
+At each beta a net is trained for a fixed number of steps, with the whole learning-rate schedule,
+and measured with sampled weights and batch statistics, as in training. From this
+  beta_up     upper edge: where train accuracy falls through 55% as beta is raised;
   beta_equal  where both branches have the same objective, cross-entropy + beta/N * I(w;D);
-  beta_down   lower edge: the beta below which accuracy is above 55% when beta is lowered.
+  beta_down   lower edge: below it, the net at chance learns (train accuracy above 55%).
 Between beta_down and beta_equal chance is not the minimum of the objective, only hard to leave. So
-more steps per beta should move beta_down up: it is a number about time, not about information.
+beta_down is a number about time: it should rise with the steps per beta.
 """
-import matplotlib.pyplot as plt
+import copy
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fig1_phase_transition import DATASETS, small_alexnet
 from common import (accuracy, claim, complete_seeds, corrupt_labels, crossing, draw_subset, fmt,
                     load_images, lr_factor, minibatches, new_figure, normalise, ok_rows,
                     param_groups, parse_args, per_seed, plot_points, run_grid, save_figure,
                     save_tables, summarise, weight_information)
+from fig1_phase_transition import DATASETS, small_alexnet
 
-# first: steps at the first beta of a walk. below: where the way down goes on.
-WALK = dict(betas=(0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3),
-            below=(0.03, 0.01, 0.003, 0.001))
+# first: steps at the first beta of a branch. below: smaller betas, for the branch at chance only.
+BRANCH = dict(betas=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2),
+              below=(0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001))
 SETTINGS = {
-    "demo": dict(width=1 / 8, batch=50, lr=0.012, lr_noise=0.16, hold=0.6, first=1500,
-                 betas=(0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3), below=(0.02, 0.005, 0.001)),
-    "cpu": dict(width=1 / 4, batch=100, lr=0.024, lr_noise=0.16, hold=0.6, first=3000, **WALK),
-    "paper": dict(width=1, batch=100, lr=0.012, lr_noise=0.16, hold=0.6, first=10_000, **WALK),
+    "demo": dict(width=1 / 8, batch=50, lr=0.012, lr_noise=0.16, hold=0.6, first=600,
+                 betas=(0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0), below=(0.05, 0.03, 0.01, 0.003, 0.001)),
+    "cpu": dict(width=1 / 4, batch=100, lr=0.024, lr_noise=0.16, hold=0.6, first=4000, **BRANCH),
+    "paper": dict(width=1, batch=100, lr=0.012, lr_noise=0.16, hold=0.6, first=10_000, **BRANCH),
 }
 GRID = {  # steps: at each beta after the first
-    "demo": dict(sizes=(100,), steps=(50, 300)),
+    "demo": dict(sizes=(100,), steps=(100, 300)),
     "cpu": dict(sizes=(300, 1000), steps=(300, 1000)),
     "paper": dict(sizes=(1000, 10_000), steps=(1000, 4000)),
 }
@@ -49,45 +51,52 @@ def load_data(args):
 
 
 def train_cell(cell, device, args, progress):
-    """Take one net along beta; what is measured are lists, one value for each beta."""
-    s, n = SETTINGS[args.scale], cell["n"]
+    """One branch: train at one beta after the other. What is measured are lists over beta."""
+    s = SETTINGS[args.scale]
     torch.manual_seed(cell["seed"])
     generator = torch.Generator().manual_seed(cell["seed"])
     x, y, _, _, mean, std = load_data(args)
-    x, y = draw_subset(x, y, n, generator)
+    x, y = draw_subset(x, y, cell["n"], generator)
     x = normalise(x, mean, std, size=28).to(device)
     y = corrupt_labels(y, 1.0, 10, generator).to(device)
     model = small_alexnet(s["width"], x.shape[1]).to(device)
 
     memorised = cell["start"] == "memorised"
     betas = s["betas"] if memorised else s["betas"][::-1] + s["below"]
-    measured = []
-    for beta in betas:
-        first = beta == betas[0]
-        steps = s["first"] if first else cell["steps"]
-        optimizer = torch.optim.Adam(param_groups(model, s["lr"], s["lr_noise"]), fused=True)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_factor(step / steps, s["hold"]))
-        batches = minibatches(n, s["batch"], device)
-        model.train()
-        for step in range(steps):
-            index = next(batches)
-            warm_up = min(1, step / steps / 0.4) if first and memorised else 1
-            loss = F.cross_entropy(model(x[index]), y[index])
-            loss = loss + beta * warm_up / n * weight_information(model)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            if step % 100 == 0 or step == steps - 1:
-                progress(step, steps, loss.item())
+    train(model, x, y, lambda t: betas[0] * (min(1, t / 0.4) if memorised else 1), s["first"], s,
+          progress)
+    measured = [measure(model, s["batch"], x, y)]
+    chance = copy.deepcopy(model.state_dict())
+    for beta in betas[1:]:
+        if not memorised:
+            model.load_state_dict(chance)
+        train(model, x, y, lambda t: beta, cell["steps"], s, progress)
         measured.append(measure(model, s["batch"], x, y))
     return {"betas": betas} | {name: [m[name] for m in measured] for name in measured[0]}
 
 
+def train(model, x, y, beta_at, steps, s, progress):
+    """Train with beta_at(fraction of the steps) and the whole learning-rate schedule."""
+    optimizer = torch.optim.Adam(param_groups(model, s["lr"], s["lr_noise"]), fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step / steps, s["hold"]))
+    batches = minibatches(len(x), s["batch"], x.device)
+    model.train()
+    for step in range(steps):
+        index = next(batches)
+        loss = F.cross_entropy(model(x[index]), y[index])
+        loss = loss + beta_at(step / steps) / len(x) * weight_information(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        if step % 100 == 0 or step == steps - 1:
+            progress(step, steps, loss.item())
+
+
 @torch.no_grad()
 def measure(model, batch, x, y):
-    """Accuracy and cross-entropy on the train set as in training, and nats per sample."""
+    """Accuracy and cross-entropy on the train set as in training; nats of I(w;D) per sample."""
     n, batch, cross_entropy, right = len(x), min(batch, len(x)), [], []
     model.train()
     for _ in range(max(1, 4000 // n)):
@@ -98,3 +107,98 @@ def measure(model, batch, x, y):
     return {"train_acc_batch": float(np.mean(right)),
             "cross_entropy_batch": float(np.mean(cross_entropy)),
             "nats": weight_information(model).item() / n}
+
+
+def by_beta(rows):
+    """One row per beta, with the objective, in place of one per branch."""
+    points = []
+    for row in rows:
+        values = zip(row["betas"], row["train_acc_batch"], row["cross_entropy_batch"], row["nats"])
+        for beta, acc, cross_entropy, nats in values:
+            points.append({"status": "ok", "start": row["start"], "beta": beta, "train_acc": acc,
+                           "objective": cross_entropy + beta * nats})
+    return points
+
+
+def edges(rows):
+    """(beta_down, beta_equal, beta_up) of one seed's two branches; nan for what is not there.
+
+    The objectives are compared where one branch has memorised and the other has not.
+    """
+    branches = [ok_rows(by_beta(rows), start=start) for start in STARTS]
+    up, down = (crossing(summarise(branch, "beta", "train_acc"), 0.55) for branch in branches)
+    memorised = {p["beta"]: p["objective"] for p in branches[0] if p["train_acc"] >= 0.55}
+    chance = {p["beta"]: p["objective"] for p in branches[1] if p["train_acc"] < 0.55}
+    gap = [(beta, chance[beta] - memorised[beta]) for beta in sorted(memorised.keys() & chance)]
+    return down, crossing(gap, 0.0), up
+
+
+def make_cells(grid, **where):
+    cells = [{"n": n, "start": start, "steps": steps} for n in grid["sizes"]
+             for steps in grid["steps"] for start in STARTS]
+    return [cell for cell in cells if where.items() <= cell.items()]
+
+
+def claims(rows, grid):
+    """The claims table; rows of all cells."""
+    table = []
+    for n in grid["sizes"]:
+        for steps in grid["steps"]:
+            found = complete_seeds(rows, make_cells(grid, n=n, steps=steps))
+            if found:
+                values = per_seed(edges, found)
+                ours = " < ".join(fmt(column, "{:.2g}") for column in values.T)
+                table.append(claim(
+                    f"N = {n:,}, {steps:,} steps per β: β_down < β_equal < β_up < 1.05", "–", ours,
+                    (np.diff(values) > 0).all() and values[:, 2].max() < 1.05))
+        found = complete_seeds(rows, make_cells(grid, n=n))
+        if found:
+            down = [per_seed(lambda rows: edges(rows)[0], ok_rows(found, steps=steps))
+                    for steps in grid["steps"]]
+            table.append(claim(
+                f"N = {n:,}: β_down rises with the steps per β", "–",
+                " → ".join(fmt(values, "{:.2g}") for values in down),
+                (np.diff([values.mean() for values in down]) > 0).all()))
+    return table
+
+
+def measured(rows, grid):
+    """The edges for each N and steps per beta, over the seeds that have both branches."""
+    table = []
+    for n in grid["sizes"]:
+        for steps in grid["steps"]:
+            found = complete_seeds(rows, make_cells(grid, n=n, steps=steps))
+            if found:
+                values = per_seed(edges, found)
+                names = ("β_down", "β_equal", "β_up")
+                table.append({"N": n, "steps per β": steps, "seeds": len(values)} | {
+                    name: fmt(column, "{:.3g}") for name, column in zip(names, values.T)})
+    return table
+
+
+def plot(rows, grid, args):
+    fig, axes = new_figure(2, len(grid["sizes"]), f"Hysteresis, {args.dataset}, {args.scale}")
+    for n, (accuracy_ax, objective_ax) in zip(grid["sizes"], axes.T):
+        for steps, colour in zip(grid["steps"], ("C0", "C3")):
+            for start, marker in zip(STARTS, (">-", "<:")):
+                points = by_beta(ok_rows(rows, n=n, steps=steps, start=start))
+                style = dict(color=colour, label=f"{start}, {steps:,} steps per β")
+                plot_points(accuracy_ax, summarise(points, "beta", "train_acc"), marker, **style)
+                plot_points(objective_ax, summarise(points, "beta", "objective"), marker, **style)
+        accuracy_ax.axvline(1, color="k", ls="--", lw=1)
+        accuracy_ax.set(xscale="log", ylabel="train accuracy", title=f"random labels, N = {n:,}")
+        objective_ax.set(xscale="log", xlabel="β", ylabel="objective, nats per sample")
+        accuracy_ax.legend()
+    save_figure(fig, args)
+
+
+def main():
+    args = parse_args(__doc__, DATASETS, SEEDS)
+    grid = GRID[args.scale]
+    rows = run_grid(make_cells(grid), train_cell, args, SETTINGS[args.scale], load_data)
+    plot(rows, grid, args)
+    save_tables(args, claims=claims(rows, grid), measured=measured(rows, grid))
+
+
+if __name__ == "__main__":
+    main()
