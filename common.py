@@ -1151,7 +1151,7 @@ def _print_row(cell, row, count, total, elapsed):
     """One line of the progress table: the cell, what was measured, time gone and time to go."""
     name = " ".join(f"{key}={value}" for key, value in cell.items())
     shown = [k for k in row if k.endswith("acc") or k in ("cross_entropy", "information")]
-    values = " ".join(f"{k} {row[k]:<8.4g}" for k in shown if row[k] is not None)
+    values = " ".join(f"{k} {row[k]:<8.4g}" for k in shown if isinstance(row[k], float))
     clear, minutes = "\r\033[K" if sys.stdout.isatty() else "", elapsed / 60
     print(f"{clear}{count:4d}/{total} {name:<46} {values or row['status']} {minutes:.1f} min, "
           f"{minutes / count * (total - count):.1f} to go", flush=True)
