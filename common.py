@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum
 from torch.autograd.function import once_differentiable
 from torch.optim.swa_utils import update_bn
 
@@ -157,9 +157,8 @@ class _StochasticWeight:
     def information(self):
         """Upper bound I~(w;D) on the information in this layer's weights: 0-d tensor, nats.
 
-        KL from the log-uniform prior, summed over the weights (Prop. 4.1). The prior is improper,
-        so C is a choice: a weight at the largest alpha (the cap, else infinity) holds zero nats.
-        The Gaussian's approximation is off by at most 0.0095 nats per weight.
+        Sum of KLs from the log-uniform prior (Prop. 4.1), with C such that a weight at the largest
+        alpha (the cap, else infinity) holds zero nats. Gaussian: to 0.0095 nats per weight.
         """
         if self.noise == "lognormal":
             return 0.5 * (self.max_log_alpha - self.log_alpha).sum()
@@ -196,25 +195,20 @@ class _StochasticWeight:
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A checkpoint of the plain layer has no noise: keep this layer's log alpha."""
         weight = state_dict.get(prefix + "weight")
-        absent = prefix + "log_sigma2" not in state_dict
-        if weight is not None and weight.shape == self.weight.shape and absent:
+        if weight is not None and weight.shape == self.weight.shape:
             log_sigma2 = self.log_alpha.detach() + _log_square(weight.to(self.weight))
-            state_dict[prefix + "log_sigma2"] = log_sigma2.to(self.log_sigma2.dtype)
+            state_dict.setdefault(prefix + "log_sigma2", log_sigma2)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def extra_repr(self):
-        return f"{super().extra_repr()}, noise={self.noise!r}, local={self.local}"
 
 
 class StochasticLinear(_StochasticWeight, nn.Linear):
     """nn.Linear with multiplicative noise on its weights, one learned alpha each (Sec. 4).
 
-    noise: "gaussian" or "lognormal". local: True samples the pre-activations, independently for
-    every example (local reparametrisation, Kingma et al. 2015; log-normal noise has no exact local
-    form: its mean and variance are matched); False draws one weight sample per forward.
-    log_alpha: initial value. max_log_alpha: cap; None is no cap, or 1 for log-normal noise.
-    train() draws noise, eval() uses the means; see sample_weights. Extra parameter: log_sigma2,
-    shape of weight. ValueError for an unknown noise.
+    noise: "gaussian" or "lognormal". local: True samples the pre-activations of every example
+    (Kingma et al. 2015; log-normal noise has no exact local form: its mean and variance are
+    matched), False one weight per forward. log_alpha: initial value. max_log_alpha: cap; None: no
+    cap, or 1 for log-normal noise. train() draws noise, eval() uses the means; see sample_weights.
+    Extra parameter: log_sigma2, shape of weight. ValueError for an unknown noise.
     """
 
     def __init__(self, in_features, out_features, bias=True, *, noise="gaussian", local=True,
@@ -245,22 +239,21 @@ def to_stochastic(module, *, skip=(), noise="gaussian", local=None, log_alpha=-6
                   max_log_alpha=None):
     """Turn every nn.Linear and nn.Conv2d of a model into its stochastic twin, in place; return it.
 
-    Weights, device, dtype, hooks, names and eval-mode outputs stay; shared layers stay shared.
-    skip: names, as in named_modules(), of layers or blocks to leave alone. local: None for each
-    layer's default. Subclasses stay plain, such as the projections of nn.MultiheadAttention.
-    ValueError for an unknown name in skip.
+    Weights, device, dtype, hooks, names, sharing and eval-mode outputs stay. skip: names, as in
+    named_modules(), of layers or blocks to leave alone; ValueError for an unknown one. local: None
+    for each layer's default. Subclasses stay plain, as in nn.MultiheadAttention.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     layers = dict(module.named_modules())
     if unknown := [name for name in skip if name not in layers]:
         raise ValueError(f"skip names {unknown}, which the model does not have")
+    spared = tuple(f"{name}." for name in skip)
     twins = {nn.Linear: (StochasticLinear, True), nn.Conv2d: (StochasticConv2d, False)}
     for name, layer in layers.items():
-        spared = any(name == s or name.startswith(s + ".") for s in skip)
-        if type(layer) in twins and not spared:
+        if type(layer) in twins and not f"{name}.".startswith(spared):
             layer.__class__, default = twins[type(layer)]  # the same object, wherever it is held
-            layer._make_stochastic(noise, default if local is None else local, log_alpha,
-                                   max_log_alpha)
+            is_local = default if local is None else local
+            layer._make_stochastic(noise, is_local, log_alpha, max_log_alpha)
     return module
 
 
@@ -282,8 +275,8 @@ def sample_weights(model, draw=True):
 def bn_recalibrated(model, batches, draw):
     """A context with the model in eval() and its batch-norm statistics estimated on `batches`.
 
-    draw: True for sampled weights, a new sample per batch; False for the means. On leaving, the
-    running statistics are restored.
+    draw: True for sampled weights, a new sample per batch; False for the means. The statistics are
+    restored on leaving.
     """
     running = [(m, m.running_mean.clone(), m.running_var.clone()) for m in model.modules()
                if getattr(m, "running_mean", None) is not None]
@@ -300,10 +293,10 @@ def bn_recalibrated(model, batches, draw):
 
 def param_groups(model, lr, lr_noise):
     """Two parameter groups for an optimiser: names ending in sigma2 at lr_noise, the rest at lr."""
-    named = list(model.named_parameters())
-    noise = [p for name, p in named if name.endswith("sigma2")]
-    rest = [p for name, p in named if not name.endswith("sigma2")]
-    return [{"params": rest, "lr": lr}, {"params": noise, "lr": lr_noise}]
+    groups = [{"params": [], "lr": lr}, {"params": [], "lr": lr_noise}]
+    for name, parameter in model.named_parameters():
+        groups[name.endswith("sigma2")]["params"].append(parameter)
+    return groups
 
 
 def lr_factor(t, hold=0.8):
@@ -329,8 +322,7 @@ def accuracy(logits, labels):
 def weight_information(model):
     """Information in the weights of a model's stochastic layers: 0-d tensor, nats.
 
-    Biases, batch normalisation and plain layers have no noise and are not counted; tied weights
-    are counted once. ValueError if nothing is stochastic.
+    Parameters without noise are not counted, tied weights once. ValueError if none has noise.
     """
     layers = {id(m.weight): m for m in model.modules()
               if isinstance(getattr(m, "log_sigma2", None), nn.Parameter)}
@@ -342,10 +334,9 @@ def weight_information(model):
 def ib_loss(logits, target, model, beta, n):
     """Information Lagrangian per sample (eq. 3): cross-entropy + beta/n * I(w;D), nats.
 
-    logits: (batch, classes). target: class indices (batch,), or 0/1 attributes (batch, attributes),
-    whose binary cross-entropies are summed. n: number of training samples, not of the batch.
-    Returns (loss, cross_entropy, information), 0-d tensors; beta = 1 is the negative ELBO.
-    ValueError if the model has no stochastic layer, beta < 0 or n < 1.
+    logits: (batch, classes). target: classes (batch,), or 0/1 attributes like logits, over which
+    the nats are summed. n: number of training samples. Returns (loss, cross_entropy, information),
+    0-d tensors. ValueError if the model has no stochastic layer, beta < 0 or n < 1.
     """
     if not (beta >= 0 and n >= 1):
         raise ValueError(f"beta={beta} must be >= 0 and n={n}, the number of samples, >= 1")
@@ -384,9 +375,9 @@ def alpha_from_information(information, dim):
 def layer_information_bound(dim_z, alpha):
     """Upper bound dim_z * (g(alpha) + 1) on I(z;x) + TC(z) of a layer, nats (Prop. 5.2, Cor. 5.3).
 
-    alpha: float, or one per unit (dim_z,), of log-normal noise; for Gaussian noise of variance a
-    pass log1p(a). Needs centred, uncorrelated, non-zero inputs, and independent noise. For unequal
-    alphas in a unit, expm1(alpha_i) = sum_j expm1(alpha_ij) w_ij^2 / sum_j w_ij^2.
+    alpha: float or (dim_z,), of log-normal noise; for Gaussian noise of variance a, log1p(a). For
+    unequal alphas in a unit, expm1(alpha_i) = sum_j expm1(alpha_ij) w_ij^2 / sum_j w_ij^2. Requires
+    centred, uncorrelated, non-zero inputs and independent noise.
     """
     return dim_z * (g(alpha).mean() + 1)
 
@@ -395,7 +386,7 @@ def layer_information(weight, alpha, x):
     """I(z;x) + TC(z) of z = Wx with noise on its weights, from inputs x: 0-d, nats (Prop. 5.1).
 
     weight: (out, in) means. alpha: (out, in) or float, as in layer_information_bound. x: (n, in).
-    Takes z and z|x as Gaussian; inf if some x is all zero. Needs noise independent between units.
+    Takes z and z|x as Gaussian, with noise independent between units; inf if some x is all zero.
     """
     x = torch.as_tensor(x)
     alpha = torch.as_tensor(alpha, dtype=weight.dtype, device=weight.device)
@@ -407,9 +398,9 @@ def layer_information(weight, alpha, x):
 def flat_minimum_bound(weight, trace, beta):
     """Upper bound K/2 * (log|w|^2 + log tr H - log(K^2 beta)) on I~(w;D), nats (Prop. 4.3, C = 0).
 
-    At the alpha_i = beta / (w_i^2 H_ii) that minimise the Lagrangian to second order, if these are
-    well below 1. weight: all K means. trace: of the Hessian of the summed cross-entropy at a
-    minimum. The paper prints a factor K too many before the last log, and beta/2 for beta.
+    At alpha_i = beta / (w_i^2 H_ii), optimal to second order, well below 1. weight: all K means.
+    trace: of the Hessian of the summed cross-entropy at a minimum. The paper prints a factor K too
+    many before the last log, and beta/2 for beta.
     """
     k = weight.numel()
     return 0.5 * k * (torch.log((weight**2).sum() * trace) - math.log(k**2 * beta))
@@ -421,9 +412,8 @@ LAMBDAS = tuple(0.5 + 2 ** (k / 2) for k in range(-6, 15))
 def pac_bayes_bound(loss, divergence, n, *, max_loss=math.log(10), delta=0.05, lambdas=LAMBDAS):
     """With probability 1 - delta, an upper bound on the test loss (McAllester 2013; eq. 7).
 
-    loss: mean over the n training samples, expected over the weights, of a loss from 0 to max_loss
-    (cross-entropy clipped at log 10; error: 1). divergence: of all that was learned, from a proper
-    prior: prior_divergence, not weight_information. The least over lambdas (> 1/2), by a union
+    loss: mean over the n training samples, expected over the weights, of a loss from 0 to max_loss.
+    divergence: prior_divergence of all that was learned. The least over lambdas (> 1/2), by a union
     bound; delta=1 with one lambda is eq. 7 as printed. ValueError for impossible values.
     """
     if not (0 <= loss <= max_loss and divergence >= 0 and min(lambdas) > 0.5):
@@ -437,8 +427,8 @@ def prior_divergence(model, prior):
     """KL(q(w|D) || p(w)) of Gaussian noise from a proper Gaussian prior: 0-d tensor, nats.
 
     prior: a state_dict of the model that has not seen the samples. p(w) = N(prior weight, s^2),
-    s^2 the best of 1,000 values for each layer, which costs log 1000 nats.
-    ValueError for log-normal noise, or if anything without noise differs from the prior.
+    s^2 the best of 1,000 values for each layer, at a cost of log 1000 nats. ValueError for
+    log-normal noise, or if anything without noise differs from the prior.
     """
     noisy = {f"{name}.".lstrip("."): m for name, m in model.named_modules()
              if isinstance(getattr(m, "log_sigma2", None), nn.Parameter)}
@@ -453,8 +443,8 @@ def prior_divergence(model, prior):
     for name, m in noisy.items():
         square = torch.exp(m.log_sigma2) + (m.weight - prior[name + "weight"]) ** 2
         log_s2 = (square.detach().mean().log() * 20).round().clamp(-799, 200) / 20
-        total = total + math.log(1000)
-        total = total + 0.5 * (log_s2 - m.log_sigma2 + square / torch.exp(log_s2) - 1).sum()
+        kl = 0.5 * (log_s2 - m.log_sigma2 + square / torch.exp(log_s2) - 1).sum()
+        total = total + math.log(1000) + kl
     return total
 
 
@@ -471,11 +461,10 @@ def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=
                               lr=3e-3, steps=3000, patience=300):
     """I(z;n) in nats from a discriminator that tells pairs from shuffled pairs (Sec. 6).
 
-    discriminator(z, n) -> scores (len(z), len(n)) of all pairs of rows; trained in place. The last
-    held_out pairs are reported on; those before stop training when InfoNCE has not risen for
-    `patience` steps. Returns floats: plug_in, info_nce (lower bound, at most log held_out),
-    donsker_varadhan (lower bound up to sampling). ValueError for too few pairs or scores of another
-    shape; FloatingPointError if they are not finite.
+    discriminator(z, n) -> scores (len(z), len(n)) of all pairs of rows. `validation` pairs stop its
+    training once InfoNCE has not risen for `patience` steps; the last held_out pairs give floats:
+    plug_in, info_nce (lower bound, at most log held_out), donsker_varadhan (lower bound up to
+    sampling). ValueError: too few pairs, scores of another shape; FloatingPointError: not finite.
     """
     z, n = z.detach(), n.detach()
     train = len(z) - validation - held_out
@@ -497,8 +486,7 @@ def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=
         index = torch.randperm(train, device=z.device)[:batch]
         scores = discriminator(z[index], n[index])
         if scores.shape != (batch, batch):
-            raise ValueError(f"scores {tuple(scores.shape)} of {batch} z and {batch} n: not one "
-                             "for every pair of rows")
+            raise ValueError(f"scores {tuple(scores.shape)}: not of every pair of {batch} rows")
         log_odds = scores - math.log(batch - 1)  # one true pair among batch - 1 shuffled ones
         loss = (F.softplus(log_odds).sum() - log_odds.trace()) / batch
         optimizer.zero_grad()
@@ -532,8 +520,8 @@ def _ratio_estimates(scores):
 def total_correlation(z):
     """TC(z) = KL(p(z) || prod_i p(z_i)) of a Gaussian with the samples' covariance: 0-d, nats.
 
-    z: (n, ...), flattened to (n, d); constant components are left out. Linear dependence only;
-    too high by about d^2/(4n). ValueError unless n > d + 1.
+    z: (n, ...), flattened to (n, d), without constant components. Too high by about d^2/(4n).
+    ValueError unless n > d + 1.
     """
     z = z.detach().flatten(1).double()
     z = z[:, z.std(0) > 0]
@@ -551,10 +539,11 @@ class DataError(OSError):
     """A data set is missing, cannot be downloaded, or its file is damaged."""
 
 
-LABELS = {"y_train": ((), 9), "y_test": ((), 9)}
 ARRAYS = {  # file: {array: (shape of a row, largest value)}
-    "cifar10": {"x_train": ((32, 32, 3), 255), "x_test": ((32, 32, 3), 255), **LABELS},
-    "mnist": {"x_train": ((28, 28), 255), "x_test": ((28, 28), 255), **LABELS},
+    "cifar10": {"x_train": ((32, 32, 3), 255), "y_train": ((), 9),
+                "x_test": ((32, 32, 3), 255), "y_test": ((), 9)},
+    "mnist": {"x_train": ((28, 28), 255), "y_train": ((), 9),
+              "x_test": ((28, 28), 255), "y_test": ((), 9)},
     "celeba64": {"images": ((64, 64, 3), 255), "attrs": ((40,), 1), "partition": ((), 2)},
 }
 
@@ -565,12 +554,14 @@ def load_cifar10(data_dir="data"):
     From <data_dir>/cifar10.npz (arrays as in Keras), else torchvision's copy in data_dir, else
     torchvision's download; the last two write the npz. DataError if all fail.
     """
-    return _train_and_test("cifar10", data_dir)
+    arrays = _load_arrays("cifar10", data_dir)
+    return tuple(a.permute(0, 3, 1, 2) if a.dim() == 4 else a.long() for a in arrays.values())
 
 
 def load_mnist(data_dir="data"):
     """MNIST: x_train uint8 (60000, 1, 28, 28), y_train int64, x_test, y_test. See load_cifar10."""
-    return _train_and_test("mnist", data_dir)
+    arrays = _load_arrays("mnist", data_dir)
+    return tuple(a.unsqueeze(1) if a.dim() == 3 else a.long() for a in arrays.values())
 
 
 def load_celeba(data_dir="data"):
@@ -579,33 +570,24 @@ def load_celeba(data_dir="data"):
     partition: 0 train, 1 validation, 2 test. The centre 148x148 of the aligned faces, resized.
     From celeba64.npz (images (n, 64, 64, 3), attrs, attr_names, partition); see load_cifar10.
     """
-    arrays = _load_arrays("celeba64", data_dir)
-    images, attrs, partition = (torch.from_numpy(arrays[k]) for k in ARRAYS["celeba64"])
-    names = [str(name) for name in arrays["attr_names"]]
-    return images.permute(0, 3, 1, 2), attrs, names, partition
-
-
-def _train_and_test(name, data_dir):
-    arrays = {key: torch.from_numpy(a) for key, a in _load_arrays(name, data_dir).items()}
-    pattern = "n h w c -> n c h w" if name == "cifar10" else "n h w -> n 1 h w"
-    parts = []
-    for part in ("train", "test"):
-        parts += [rearrange(arrays[f"x_{part}"], pattern), arrays[f"y_{part}"].long()]
-    return tuple(parts)
+    images, attrs, partition, names = _load_arrays("celeba64", data_dir).values()
+    return images.permute(0, 3, 1, 2), attrs, names.tolist(), partition
 
 
 def _load_arrays(name, data_dir):
-    """The checked arrays of <data_dir>/<name>.npz, made from torchvision's data if need be."""
+    """The arrays of <data_dir>/<name>.npz as in ARRAYS, made from torchvision's data if need be."""
     path = Path(data_dir, f"{name}.npz")
     if not path.exists():
         try:
-            try:
-                arrays = _from_torchvision(name, str(data_dir), download=False)
-            except (RuntimeError, OSError):  # how torchvision says that it has no copy
-                print(f"{path} not found, trying torchvision's download", flush=True)
-                arrays = _from_torchvision(name, str(data_dir), download=True)
+            arrays = _from_torchvision(name, str(data_dir))
         except Exception as error:  # urllib, gdown, tar and md5 checks each raise their own
-            raise DataError(_how_to_get(path, error)) from error
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            advice = f"put arrays {', '.join(ARRAYS[name])} there"
+            if name == "celeba64":
+                advice = ("pip install gdown (Google Drive has a daily quota), or unpack CelebA's "
+                          f"img_align_celeba.zip and .txt files in {path.parent}/celeba/")
+            raise DataError(f"no {path}, and the download failed ({reason}): {advice}; "
+                            "--scale demo needs no data") from error
         temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
         try:
             np.savez(temporary, **arrays)
@@ -614,67 +596,59 @@ def _load_arrays(name, data_dir):
             temporary.unlink(missing_ok=True)
     try:
         with np.load(path) as file:
-            return _checked(name, {key: file[key] for key in file.files})
+            return _checked(name, file)
     except Exception as error:  # zip, zlib, header and pickle errors each have their own type
-        raise DataError(f"{path}: {error}; delete it to have it made again, or use --scale demo "
+        raise DataError(f"{path}: {error}; delete it to have it made again, or use --scale demo"
                         ) from error
 
 
-def _checked(name, arrays):
-    """The arrays as uint8; ValueError that names the one with a wrong shape or wrong values."""
-    length = {}
+def _checked(name, file):
+    """The arrays as uint8 tensors; ValueError that names one of wrong shape or values."""
+    arrays, rows = {}, {}
     for key, (shape, largest) in ARRAYS[name].items():
-        array = arrays[key] if key in arrays else np.empty(0)
-        if array.shape[1:] == (1, *shape):  # Keras has labels of shape (n, 1)
-            array = array[:, 0]
-        fits = array.ndim == 1 + len(shape) and array.shape[1:] == shape and array.size
-        if array.dtype.kind not in "ui" or not fits:
-            raise ValueError(f"{key} should be integers {('n', *shape)}, found {array.dtype} "
+        array = file[key]
+        n = rows.setdefault(key.partition("_")[2], array.shape[:1])  # of train, test or all
+        keras = array.shape == (*n, 1, *shape)  # its labels are (n, 1)
+        if array.dtype.kind not in "ui" or array.shape != (*n, *shape) and not keras:
+            raise ValueError(f"{key} should be integers {(*n, *shape)}, found {array.dtype} "
                              f"{array.shape}")
         if array.min() < 0 or array.max() > largest:
             raise ValueError(f"{key} should be 0 to {largest}, found {array.min()} to "
                              f"{array.max()}")
-        arrays[key] = array.astype(np.uint8)
-        length.setdefault(key.partition("_")[2], {})[key] = len(array)  # of train, test or all
-    for lengths in length.values():
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"numbers of rows differ: {lengths}")
-    if name == "celeba64" and np.shape(arrays.get("attr_names")) != (40,):
-        raise ValueError(f"attr_names should be 40 names, found {arrays.get('attr_names')}")
+        arrays[key] = torch.from_numpy(array.reshape(*n, *shape).astype(np.uint8))
+    if name == "celeba64":
+        arrays["attr_names"] = file["attr_names"]
+        if arrays["attr_names"].shape != (40,):
+            raise ValueError("attr_names should be 40 names")
     return arrays
 
 
-def _from_torchvision(name, data_dir, download):
+def _from_torchvision(name, data_dir):
+    """The arrays of torchvision's copy in data_dir, else of its download."""
     from torchvision import datasets, transforms
-    if name != "celeba64":
-        arrays = {}
-        for part in ("train", "test"):
-            data = getattr(datasets, name.upper())(data_dir, part == "train", download=download)
-            arrays[f"x_{part}"] = np.asarray(data.data, np.uint8)
-            arrays[f"y_{part}"] = np.asarray(data.targets, np.uint8)
-        return arrays
     crop = transforms.Compose([transforms.CenterCrop(148), transforms.Resize((64, 64))])
-    data = datasets.CelebA(data_dir, "all", transform=crop, download=download)
+
+    def parts(download):
+        if name == "celeba64":
+            return [datasets.CelebA(data_dir, "all", transform=crop, download=download)]
+        kind = getattr(datasets, name.upper())
+        return [kind(data_dir, train, download=download) for train in (True, False)]
+
+    try:
+        data, *test = parts(download=False)
+    except (RuntimeError, OSError):  # how torchvision says that it has no copy
+        print(f"no {name}.npz in {data_dir}, trying torchvision's download", flush=True)
+        data, *test = parts(download=True)
+    if test:
+        arrays = data.data, data.targets, test[0].data, test[0].targets
+        return {key: np.asarray(a, np.uint8) for key, a in zip(ARRAYS[name], arrays)}
     images = np.empty((len(data), 64, 64, 3), np.uint8)
     for i in range(len(data)):
         images[i] = np.asarray(data[i][0])
-    partition = np.loadtxt(Path(data_dir, "celeba", "list_eval_partition.txt"), usecols=1)
+    partition = np.loadtxt(Path(data_dir, "celeba", "list_eval_partition.txt"), np.uint8, usecols=1)
     names = [name for name in data.attr_names if name]  # the file's header ends in a blank
-    return {"images": images, "attrs": np.asarray(data.attr, np.uint8),
-            "attr_names": np.asarray(names), "partition": partition.astype(np.uint8)}
-
-
-def _how_to_get(path, error):
-    """One line: what is missing, why the download failed, and what to do."""
-    if path.stem == "celeba64":
-        advice = ("pip install gdown (Google Drive has a daily quota), or get img_align_celeba/ "
-                  "(unzipped), list_attr_celeba.txt, identity_CelebA.txt, list_bbox_celeba.txt, "
-                  "list_landmarks_align_celeba.txt and list_eval_partition.txt from mmlab.ie.cuhk."
-                  f"edu.hk/projects/CelebA.html into {path.parent}/celeba/")
-    else:
-        advice = f"run this with a network, or put there arrays {', '.join(ARRAYS[path.stem])}"
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return f"no {path}, and the download failed ({reason}): {advice}; --scale demo needs no data"
+    return {"images": images, "attrs": np.asarray(data.attr, np.uint8), "partition": partition,
+            "attr_names": np.asarray(names)}
 
 
 def channel_statistics(images):
@@ -695,7 +669,7 @@ def load_images(dataset, data_dir, n_train, n_test):
     n_test of them. mean and std: channel_statistics of x_train.
     """
     if dataset in ("cifar10", "mnist"):
-        data = _train_and_test(dataset, data_dir)
+        data = {"cifar10": load_cifar10, "mnist": load_mnist}[dataset](data_dir)
     else:
         synthetic = {"objects": synthetic_objects, "digits": synthetic_digits}[dataset]
         data = *synthetic(n_train, seed=0), *synthetic(n_test, seed=1)
@@ -729,41 +703,28 @@ def corrupt_labels(labels, fraction, num_classes, generator, kind="uniform"):
     index = torch.randperm(len(labels), generator=generator, device=device)[:count]
     index, corrupted = index.to(labels.device), labels.clone()
     if kind == "pair":
-        corrupted[index] = (labels[index] + 1) % num_classes
+        new = (labels[index] + 1) % num_classes
     else:
         new = torch.randint(num_classes, (count,), generator=generator, device=device)
-        corrupted[index] = new.to(labels)
+    corrupted[index] = new.to(labels)
     return corrupted
 
 
 def add_clutter(images, generator, squares=10, size=4):
     """Paste white squares at uniform positions: (images (n, c, h, w), bool mask (n, 1, h, w)).
 
-    images: uint8 (white: 255) or float (white: 1). Squares may overlap, and lie wholly within the
-    image. The mask is the nuisance of Fig. 4.
+    images: uint8 (white: 255) or float (white: 1). Squares may overlap, not leave the image.
     """
     strips = []
     for length in images.shape[2:]:  # (n, squares, length), 1 where a square covers row or column
-        start = torch.randint(length - size + 1, (len(images), squares, 1), generator=generator,
-                              device=generator.device)
+        shape, device = (len(images), squares, 1), generator.device
+        start = torch.randint(length - size + 1, shape, generator=generator, device=device)
         offset = torch.arange(length, device=images.device) - start.to(images.device)
         strips.append(((offset >= 0) & (offset < size)).float())
     mask = einsum(*strips, "n s h, n s w -> n h w").gt(0).unsqueeze(1)
     return images.masked_fill(mask, 1 if images.is_floating_point() else 255), mask
 
 
-OBJECT_SHAPES = [  # functions of a point (x, y), its radius r and larger coordinate b, < 0 inside
-    lambda x, y, r, b: r - 0.8,  # disc
-    lambda x, y, r, b: b - 0.75,  # square
-    lambda x, y, r, b: torch.maximum(y, 0.866 * x.abs() - 0.5 * y) - 0.5,  # triangle
-    lambda x, y, r, b: (r - 0.72).abs() - 0.2,  # ring
-    lambda x, y, r, b: torch.maximum(torch.minimum(x.abs(), y.abs()) - 0.25, b - 1),  # plus
-    lambda x, y, r, b: r - 0.68 - 0.32 * torch.cos(5 * torch.atan2(y, x)),  # star
-    lambda x, y, r, b: torch.maximum(r - 0.9, 0.75 - torch.hypot(x - 0.45, y)),  # crescent
-    lambda x, y, r, b: torch.maximum(x.abs() - 1, y.abs() - 0.28),  # bar
-    lambda x, y, r, b: (b - 0.65).abs() - 0.17,  # frame
-    lambda x, y, r, b: torch.hypot(x.abs() - 0.55, y) - 0.4,  # pair of discs
-]
 DIGIT_FONTS = ("DejaVuSans[-.M]*", "DejaVuSerif[-.]*", "STIXGeneral*", "cm[brt]*", "cmss*")
 FACE_FACTORS = dict(hair_colour=4, hair_style=3, skin=4, glasses=2, smile=3, beard=2, background=8,
                     pose=5)  # number of values
@@ -807,9 +768,9 @@ def _paint(canvas, colour, distance, shown=1):
     canvas.lerp_(torch.as_tensor(colour).expand_as(canvas), cover[:, None])
 
 
-def _draw_in_chunks(draw, n, seed, chunk=250):
+def _draw_in_chunks(draw, n, seed):
     rng = torch.Generator().manual_seed(seed)
-    parts = [draw(rng, min(chunk, n - start)) for start in range(0, n, chunk)]
+    parts = [draw(rng, min(250, n - start)) for start in range(0, n, 250)]
     images, labels = (torch.cat(part) for part in zip(*parts))
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
@@ -822,9 +783,20 @@ def synthetic_objects(n, seed=0):
     def draw(rng, n):
         labels = torch.randint(10, (n,), generator=rng)
         x, y = _local_grid(rng, n, 32, 0.35, math.pi, (0.45, 0.8))
-        point = x, y, torch.hypot(x, y), torch.maximum(x.abs(), y.abs())
-        distance = torch.stack([shape(*point) for shape in OBJECT_SHAPES], 1)
-        distance = distance[torch.arange(n), labels]
+        radius, larger = torch.hypot(x, y), torch.maximum(x.abs(), y.abs())
+        distances = [  # < 0 inside
+            radius - 0.8,  # disc
+            larger - 0.75,  # square
+            torch.maximum(y, 0.866 * x.abs() - 0.5 * y) - 0.5,  # triangle
+            (radius - 0.72).abs() - 0.2,  # ring
+            torch.maximum(torch.minimum(x.abs(), y.abs()) - 0.25, larger - 1),  # plus
+            radius - 0.68 - 0.32 * torch.cos(5 * torch.atan2(y, x)),  # star
+            torch.maximum(radius - 0.9, 0.75 - torch.hypot(x - 0.45, y)),  # crescent
+            torch.maximum(x.abs() - 1, y.abs() - 0.28),  # bar
+            (larger - 0.65).abs() - 0.17,  # frame
+            torch.hypot(x.abs() - 0.55, y) - 0.4,  # pair of discs
+        ]
+        distance = torch.stack(distances, 1)[torch.arange(n), labels]
         waves = _local_grid(rng, 2 * n, 32, 1, math.pi, (0.05, 0.3))[0].sin()[:, None]
         texture = _uniform(rng, -0.15, 0.15, 2 * n, 3, 1, 1) * waves
         texture = texture + 0.25 * _smooth_field(rng, 2 * n, 3, 5, 32)
@@ -869,8 +841,8 @@ def synthetic_digits(n, seed=0):
 def synthetic_faces(n, seed=0):
     """Cartoon faces: uint8 (n, 3, 64, 64), attributes uint8 (n, 8), factors {name: int64 (n,)}.
 
-    Attributes as in FACE_ATTRIBUTES; factors as in FACE_FACTORS, independent and uniform. Light,
-    hues, texture and the head's size, tilt and position vary too. In the place of CelebA.
+    FACE_ATTRIBUTES tell some of the FACE_FACTORS, which are independent and uniform. Light, hues,
+    texture and the head's size, tilt and position vary too. In the place of CelebA.
     """
     def draw(rng, n):
         codes = [torch.randint(k, (n,), generator=rng) for k in FACE_FACTORS.values()]
@@ -908,53 +880,62 @@ def synthetic_faces(n, seed=0):
 # A figure is a grid of cells. A cell is one training run, a dict of what sets it apart, such as
 # {"n": 300, "beta": 0.1}. Finished cells are lines of <out>/<figure>-<scale>.jsonl.
 
+@contextlib.contextmanager
+def _user_errors():
+    """A context, or decorator, in which an OSError ends the program: one line, exit status 2."""
+    try:
+        yield
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+@_user_errors()
 def parse_args(doc, datasets, seeds, argv=None):
     """Read the command line shared by all scripts; doc is the script's docstring, for --help.
 
-    datasets: {scale: names}, the first is the default. seeds: {scale: list}. argv: instead of
-    sys.argv[1:]. Returns a namespace: figure, scale, dataset, data_dir, out, seeds, jobs, shard
-    (None or (i, n)), plot_only, device. Bad values: one line on stderr, exit status 2.
+    datasets: {scale: names}, the first is the default. seeds: {scale: list}. Returns a namespace:
+    figure, scale, dataset, data_dir, out, seeds, jobs, shard (None or (i, n)), plot_only, device.
+    Bad values: one line on stderr, exit status 2.
     """
-    def whole(low):
-        def parse(text):
-            if text.isdecimal() and low <= int(text) < 2**63:
-                return int(text)
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} up")
-        return parse
+    def whole(text, low=0):
+        if text.isdecimal() and low <= int(text) < 2**63:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} up")
 
     def shard(text):
-        part, _, parts = text.partition("/")
-        if part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts):
-            return int(part), int(parts)
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N")
+        part, parts = map(int, text.split("/"))
+        if not 1 <= part <= parts:
+            raise ValueError
+        return part, parts
 
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: _exit_with(f"{message} (see --help)")
+    def error(message):
+        raise OSError(f"{message} (see --help)")
+
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=layout, allow_abbrev=False)
+    parser.error = error
     add = parser.add_argument
-    add("--gpu", type=whole(0), metavar="0", help="index of the GPU. Default: 0, if there is one")
-    add("--scale", choices=list(datasets), help="demo: synthetic data, two minutes; cpu: real "
-        "data, reduced; paper: the paper's sizes. Default: paper on a GPU, cpu without")
-    add("--dataset", help=f"the data, where a scale has a choice: {datasets}")
+    add("--gpu", type=whole, metavar="0", help="index of the GPU (0, if there is one)")
+    add("--scale", choices=list(datasets), help="paper on a GPU, else cpu, if not given")
+    add("--dataset", help=f"one of {datasets}")
     add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets (data)")
     add("--out", type=Path, default=Path("results"), help="folder of rows and plots (results)")
-    add("--seeds", type=whole(0), nargs="+", metavar="0", help="run each cell once per seed")
-    add("--jobs", type=whole(1), metavar="K",
-        help="cells trained at once, one CPU thread each. Default: 1 on a GPU, else one per core")
-    add("--shard", type=shard, metavar="I/N",
-        help="every N-th cell only, into a file of its own: for job arrays, or several GPUs")
+    add("--seeds", type=whole, nargs="+", metavar="0", help="run each cell once per seed")
+    add("--jobs", type=lambda text: whole(text, 1), metavar="K",
+        help="cells trained at once (1 on a GPU, else one per core)")
+    add("--shard", type=shard, metavar="I/N", help="part I of N of the cells, for several machines")
     add("--plot-only", action="store_true", help="draw from the rows there are, train nothing")
     args = parser.parse_args(argv)
     args.device = _device(args.gpu)
     on_cpu = args.device.type == "cpu"
     args.scale = args.scale or ("cpu" if on_cpu else "paper")
-    args.dataset = args.dataset or datasets[args.scale][0]
-    if args.dataset not in datasets[args.scale]:
-        parser.error(f"argument --dataset: {args.dataset!r} does not go with --scale {args.scale}: "
-                     f"choose {' or '.join(datasets[args.scale])}")
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    args.jobs = args.jobs or (cores if on_cpu else 1)
+    choices = datasets[args.scale]
+    args.dataset = args.dataset or choices[0]
+    if args.dataset not in choices:
+        error(f"argument --dataset: {args.dataset!r}, of --scale {args.scale}, is not in {choices}")
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
+    args.jobs = args.jobs or (len(affinity(0)) if on_cpu else 1)
     args.seeds = list(dict.fromkeys(args.seeds or seeds[args.scale]))
     args.figure = Path(sys.argv[0]).stem
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show β still shows the rest
@@ -962,80 +943,70 @@ def parse_args(doc, datasets, seeds, argv=None):
 
 
 def _device(gpu):
-    """The device of --gpu; the CPU, with a warning, if that GPU cannot be used."""
     if gpu is None and not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device(f"cuda:{gpu or 0}")
     try:
-        torch.zeros(1, device=device)
-        return device
+        return torch.zeros(1, device=f"cuda:{gpu or 0}").device
     except Exception:  # no driver, no such index, an unusable card: all differ in type
         print(f"warning: GPU {gpu or 0} is not usable, going on with the CPU", file=sys.stderr)
         return torch.device("cpu")
 
 
-def _exit_with(error):
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
+@_user_errors()
 def run_grid(cells, train_cell, args, settings, prepare=None):
     """Train every cell (dict) that has no row yet, for each seed; return all finished rows.
 
-    train_cell(cell, device, args, progress) returns a dict of what was measured. It sees the cell
-    with "seed" added (a cell that has one runs for that seed only), calls progress(step, steps,
-    loss), and may raise FloatingPointError, as progress does for a non-finite loss: "diverged".
-    settings: what cells are trained with; a row made under others does not count. prepare(args):
-    called once before training, to load the data.
+    train_cell(cell, device, args, progress) returns a dict of what was measured. A cell gets a key
+    "seed"; one that has it runs for that seed only. progress(step, steps, loss) raises
+    FloatingPointError for a non-finite loss: "diverged". settings: what cells are trained with;
+    rows of others do not count. prepare(args): called once before training, to load the data.
 
-    A row is a JSON line: figure, scale, dataset, status ("ok" or "diverged"), torch, git, settings,
-    seconds, device, seed, the cell's keys, what was measured. It is appended in one write (--shard:
-    to a file of its own): a crash loses the cells in flight only. CPU cells use one thread each:
-    numbers do not depend on --jobs. Ctrl-C: exit status 130. User errors: one line, status 2.
+    A row is a JSON line, appended in one write: figure, scale, dataset, torch, git, settings,
+    device, seconds, status ("ok" or "diverged"), the cell's keys, what was measured. Numbers do not
+    depend on --jobs. Ctrl-C: exit status 130. OSError: one line, status 2.
     """
     try:
         rows = _run_missing_cells(cells, train_cell, args, settings, prepare)
-        if not ok_rows(rows):
-            raise OSError(f"no finished row of {args.figure} --scale {args.scale} --dataset "
-                          f"{args.dataset} with the present settings in {args.out}")
-        return rows
-    except OSError as error:
-        _exit_with(error)
     except KeyboardInterrupt:
         print(f"\nstopped: finished cells are saved in {args.out}; the same command continues",
               file=sys.stderr)
         raise SystemExit(130) from None
+    if not ok_rows(rows):
+        raise OSError(f"no finished row of {args.figure} --scale {args.scale} --dataset "
+                      f"{args.dataset} with the present settings in {args.out}")
+    return rows
 
 
 def _run_missing_cells(cells, train_cell, args, settings, prepare):
     cells = [cell | {"seed": seed} for seed in args.seeds for cell in cells
              if cell.get("seed", seed) == seed]
     names = sorted({name for cell in cells for name in cell})
-    if args.shard:
-        cells = cells[args.shard[0] - 1::args.shard[1]]
-    settings = json.loads(json.dumps(settings))  # tuples become lists, as in the rows
+    part, parts = args.shard or (1, 1)
+    cells = cells[part - 1::parts]
+    head = {"figure": args.figure, "scale": args.scale, "dataset": args.dataset, "status": "ok",
+            "torch": torch.__version__, "git": _git_revision(),
+            "settings": json.loads(json.dumps(settings)), "device": "cpu"}  # no tuples, as in rows
+    if args.device.type == "cuda":
+        head["device"] = torch.cuda.get_device_name(args.device)
 
     def key(row):
         return json.dumps([row.get(name) for name in names])
 
-    def read():  # of rows that stand twice, one counts
-        return {key(row): row for row in read_rows(args) if row["settings"] == settings}
+    def counted(rows):  # of rows that stand twice, one
+        return {key(row): row for row in rows if row["settings"] == head["settings"]}
 
-    rows, git = read(), _git_revision()
-    others = sum(row["settings"] != settings for row in read_rows(args))
+    found = read_rows(args)
+    rows = counted(found)
     todo = [cell for cell in cells if key(cell) not in rows]
-    print(f"{args.figure}: device {_device_name(args.device)}, scale {args.scale}, data "
-          f"{args.dataset}, {len(cells)} cells, {len(cells) - len(todo)} done, commit {git}")
-    if others:
+    print(f"{args.figure}: device {head['device']}, scale {args.scale}, data {args.dataset}, "
+          f"{len(cells)} cells, {len(cells) - len(todo)} done, commit {head['git']}")
+    if others := sum(row["settings"] != head["settings"] for row in found):
         print(f"{others} rows in {args.out} were made under other settings: left aside")
     if args.plot_only or not todo:
-        print("redrawing" + ("" if args.plot_only else "; to train again, add --out elsewhere"),
-              flush=True)
+        print("redrawing; to train again, add --out elsewhere", flush=True)
         return list(rows.values())
-    shard = ".{}-of-{}".format(*args.shard) if args.shard else ""
+    shard = f".{part}-of-{parts}" if args.shard else ""
     path = args.out / f"{args.figure}-{args.scale}{shard}.jsonl"
-    shared = {"figure": args.figure, "scale": args.scale, "dataset": args.dataset, "status": "ok",
-              "torch": torch.__version__, "git": git, "settings": settings}
     args.out.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
         if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
@@ -1045,32 +1016,31 @@ def _run_missing_cells(cells, train_cell, args, settings, prepare):
         started = time.monotonic()
         with contextlib.closing(_finished_cells(todo, train_cell, args)) as finished:
             for count, (cell, result, seconds) in enumerate(finished, 1):
-                device = _device_name(args.device)
-                row = shared | {"seconds": round(seconds, 1), "device": device} | cell | result
+                row = head | {"seconds": round(seconds, 1)} | cell | result
                 line = (json.dumps(row) + "\n").encode()
                 if file.write(line) != len(line) or not path.exists():
                     raise OSError(f"{path}: a row was lost, is the disk full or the file removed?")
                 os.fsync(file.fileno())
-                _print_row(cell, row, count, len(todo), time.monotonic() - started)
-    return list(read().values())
+                _print_row(cell, result, count, len(todo), (time.monotonic() - started) / 60)
+    return list(counted(read_rows(args)).values())
 
 
 def read_rows(args):
     """All finished rows of this figure, scale and data set, shards included; warns of bad lines."""
     rows, stem = [], f"{args.figure}-{args.scale}"
+    wanted = args.figure, args.scale, int, dict
     for path in sorted([*args.out.glob(f"{stem}.jsonl"), *args.out.glob(f"{stem}.*-of-*.jsonl")]):
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         for number, line in enumerate(text.splitlines(True), 1):
             try:
-                row = json.loads(line if line.endswith("\n") else "cut short")
-                fits = (row["figure"], row["scale"]) == (args.figure, args.scale)
-                fits &= type(row["seed"]) is int and type(row["settings"]) is dict
-                fits &= row["status"] in ("ok", "diverged")
-                if fits and row["dataset"] == args.dataset:
+                row = json.loads(line)
+                kind = row["figure"], row["scale"], type(row["seed"]), type(row["settings"])
+                torn = not line.endswith("\n")
+                if torn or kind != wanted or row["status"] not in ("ok", "diverged"):
+                    raise ValueError
+                if row["dataset"] == args.dataset:
                     rows.append(row)
             except (ValueError, KeyError, TypeError):
-                fits = False
-            if not fits and line.strip():
                 print(f"warning: {path}: line {number} is no row of this figure, not counted",
                       file=sys.stderr)
     return rows
@@ -1078,12 +1048,12 @@ def read_rows(args):
 
 def _finished_cells(todo, train_cell, args):
     """Yield (cell, result, seconds) as cells finish, in this process or in args.jobs others."""
-    if min(args.jobs, len(todo)) == 1:
+    jobs = min(args.jobs, len(todo))
+    if jobs == 1:
         _set_up_process()
         yield from (_run_cell(train_cell, cell, args) for cell in todo)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = futures.ProcessPoolExecutor(min(args.jobs, len(todo)), context, _set_up_worker)
+    pool = futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _set_up_worker)
     try:
         waiting = [pool.submit(_run_cell, train_cell, cell, args) for cell in todo]
         for future in futures.as_completed(waiting):
@@ -1099,15 +1069,15 @@ def _finished_cells(todo, train_cell, args):
 def _run_cell(train_cell, cell, args):
     def progress(step, steps, loss):
         if not math.isfinite(loss):
-            raise FloatingPointError(f"loss {loss} at step {step}")
+            raise FloatingPointError
         if sys.stdout.isatty():
-            print(f"\r\033[K{cell}: step {step}/{steps}, loss {loss:.3f}\r", end="", flush=True)
+            print(f"{cell}: step {step}/{steps}, loss {loss:.3f}\033[K\r", end="", flush=True)
 
     started = time.monotonic()
     try:
         result = train_cell(cell, args.device, args, progress)
         if not all(math.isfinite(v) for v in result.values() if isinstance(v, float)):
-            raise FloatingPointError("a result is not finite")
+            raise FloatingPointError
     except FloatingPointError:
         result = {"status": "diverged"}
     return cell, result, time.monotonic() - started
@@ -1130,31 +1100,24 @@ def _set_up_worker():
     _set_up_process()
 
 
-def _device_name(device):
-    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-
-
 def _git_revision():
     """Commit of this folder, "-dirty" if its Python files differ; "unknown" outside git."""
-    def git(*arguments):
-        run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True,
-                             text=True, check=True, timeout=10)
-        return run.stdout.strip()
+    git = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True,
+                            text=True, check=True, timeout=10)
     try:
-        dirty = git("status", "--porcelain", "--", "*.py")
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if dirty else "")
+        commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        changes = git(["git", "status", "--porcelain", "--", "*.py"]).stdout
+        return commit + ("-dirty" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
-def _print_row(cell, row, count, total, elapsed):
-    """One line of the progress table: the cell, what was measured, time gone and time to go."""
+def _print_row(cell, result, count, total, elapsed):
     name = " ".join(f"{key}={value}" for key, value in cell.items())
-    shown = [k for k in row if k.endswith("acc") or k in ("cross_entropy", "information")]
-    values = " ".join(f"{k} {row[k]:<8.4g}" for k in shown if isinstance(row[k], float))
-    clear, minutes = "\r\033[K" if sys.stdout.isatty() else "", elapsed / 60
-    print(f"{clear}{count:4d}/{total} {name:<46} {values or row['status']} {minutes:.1f} min, "
-          f"{minutes / count * (total - count):.1f} to go", flush=True)
+    values = [f"{key} {value:<8.4g}" for key, value in result.items()
+              if isinstance(value, float) and (key.endswith("acc") or key == "information")]
+    print(f"{count:4d}/{total} {name:<46} {result.get('status', ' '.join(values))} {elapsed:.1f} "
+          f"min, {elapsed / count * (total - count):.1f} to go", flush=True)
 
 
 def minibatches(n, batch, device):
@@ -1226,17 +1189,15 @@ def plot_points(ax, points, fmt="o-", **style):
         ax.errorbar(x, mean, spread, fmt=fmt, ms=4, capsize=2, lw=1.2, **style)
 
 
+@_user_errors()
 def save_figure(fig, args):
     """Write <out>/<figure>-<scale>.png (150 dpi) and .pdf, each in one step."""
-    try:
-        for ending in ("png", "pdf"):
-            path = args.out / f"{args.figure}-{args.scale}.{ending}"
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            fig.savefig(temporary, dpi=150, format=ending)
-            fig.set_layout_engine("none")  # keep the layout: finding it is half of the time
-            os.replace(temporary, path)
-    except OSError as error:
-        _exit_with(error)
+    for ending in ("png", "pdf"):
+        path = args.out / f"{args.figure}-{args.scale}.{ending}"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        fig.savefig(temporary, dpi=150, format=ending)
+        fig.set_layout_engine("none")  # keep the layout: finding it is half of the time
+        os.replace(temporary, path)
     print(f"plot: {path.with_suffix('.png')} and .pdf", flush=True)
 
 
@@ -1245,6 +1206,7 @@ def claim(sentence, paper, ours, holds):
     return {"claim": sentence, "paper": paper, "ours": ours, "holds": "yes" if holds else "NO"}
 
 
+@_user_errors()
 def save_tables(args, **tables):
     """Print tables, {title: list of dicts}, and write them to <out>/<figure>-<scale>.md.
 
@@ -1257,12 +1219,9 @@ def save_tables(args, **tables):
         body = "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
         text += f"{title.replace('_', ' ')}:\n\n{body}\n" if table else ""
     print("\n" + text, end="")
-    try:
-        (args.out / f"{stem}.md").write_text(text, encoding="utf-8")
-        page, start, end = args.out / "README.md", f"<!-- {stem} -->\n", "<!-- end -->"
-        if page.exists() and start in (old := page.read_text(encoding="utf-8")):
-            before, _, after = old.partition(start)
-            page.write_text(before + start + "\n" + text + end + after.partition(end)[2],
-                            encoding="utf-8")
-    except OSError as error:
-        _exit_with(error)
+    (args.out / f"{stem}.md").write_text(text, encoding="utf-8")
+    page, start, end = args.out / "README.md", f"<!-- {stem} -->\n", "<!-- end -->"
+    if page.exists() and start in (old := page.read_text(encoding="utf-8")):
+        before, _, after = old.partition(start)
+        new = before + start + "\n" + text + end + after.partition(end)[2]
+        page.write_text(new, encoding="utf-8")
