@@ -5,14 +5,12 @@ Five sections, each of which also runs alone when pasted under this import block
 
     1. Stochastic layers       weights with learned multiplicative noise
     2. Weight-IB loss          cross-entropy + beta/N * I(w;D)
-    3. Information estimators  capacities, bounds, what logits and representations hold
-    4. Data                    CIFAR-10, MNIST, CelebA, and synthetic sets that need no files
+    3. Information estimators  capacities, bounds, I(z;y), I(z;n), total correlation
+    4. Data                    CIFAR-10, MNIST, CelebA, and synthetic sets without files
     5. Running a grid          command line, resumable runs, plots, tables
 
-Information is in nats throughout.
+Information is in nats.
 """
-from __future__ import annotations
-
 import argparse
 import contextlib
 import ctypes
@@ -40,7 +38,7 @@ from torch.optim.swa_utils import update_bn
 # Adam's moments of pruned weights decay into denormals, which slow a CPU several times.
 torch.set_flush_denormal(True)
 
-# === 1. Stochastic layers =========================================================================
+# === 1. Stochastic layers =================================
 # w = w_mean * eps with noise of mean one and a learned alpha per weight: eps ~ N(1, alpha), or
 # log eps ~ N(-alpha/2, alpha). The parameter is log sigma^2 = log alpha + log w_mean^2, so that a
 # step of the mean leaves the size of the noise as it is.
@@ -132,7 +130,8 @@ class _StochasticWeight:
             raise ValueError(f"noise={noise!r}: choose 'gaussian' or 'lognormal'")
         if max_log_alpha is None and noise == "lognormal":
             max_log_alpha = 1.0
-        self.noise, self.local, self.max_log_alpha = noise, local, max_log_alpha
+        self.noise, self.max_log_alpha = noise, max_log_alpha
+        self.local = isinstance(self, nn.Linear) if local is None else local
         self.log_sigma2 = nn.Parameter(torch.empty_like(self.weight, requires_grad=False))
         self.log_alpha = log_alpha
 
@@ -162,11 +161,11 @@ class _StochasticWeight:
         """
         if self.noise == "lognormal":
             return 0.5 * (self.max_log_alpha - self.log_alpha).sum()
-        if self.max_log_alpha is None:
-            return _GaussianKL.apply(self.weight, self.log_sigma2)
-        at_cap = gaussian_kl(torch.tensor(float(self.max_log_alpha))).item()
         kl = _GaussianKL.apply(self.weight, self._capped_log_sigma2())
-        return kl - self.weight.numel() * at_cap
+        if self.max_log_alpha is None:
+            return kl
+        at_cap = gaussian_kl(torch.tensor(float(self.max_log_alpha)))
+        return kl - self.weight.numel() * at_cap.item()
 
     def _apply_noisy(self, linear, x):
         """linear(x, weight, bias), the layer's own map, with noise on the weights if it is on."""
@@ -197,18 +196,21 @@ class _StochasticWeight:
         weight = state_dict.get(prefix + "weight")
         if weight is not None and weight.shape == self.weight.shape:
             log_sigma2 = self.log_alpha.detach() + _log_square(weight.to(self.weight))
-            state_dict.setdefault(prefix + "log_sigma2", log_sigma2)
+            state_dict.setdefault(prefix + "log_sigma2", log_sigma2.to(self.log_sigma2.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, noise={self.noise!r}, local={self.local}"
 
 
 class StochasticLinear(_StochasticWeight, nn.Linear):
     """nn.Linear with multiplicative noise on its weights, one learned alpha each (Sec. 4).
 
     noise: "gaussian" or "lognormal". local: True samples the pre-activations of every example
-    (Kingma et al. 2015; log-normal noise has no exact local form: its mean and variance are
-    matched), False one weight per forward. log_alpha: initial value. max_log_alpha: cap; None: no
-    cap, or 1 for log-normal noise. train() draws noise, eval() uses the means; see sample_weights.
-    Extra parameter: log_sigma2, shape of weight. ValueError for an unknown noise.
+    (Kingma et al. 2015; of log-normal noise mean and variance are matched), False one weight per
+    forward. log_alpha: initial value; max_log_alpha: its cap (None: no cap, or 1 if log-normal).
+    train() draws noise, eval() uses the means. Extra parameter: log_sigma2, shape of weight.
+    ValueError for an unknown noise.
     """
 
     def __init__(self, in_features, out_features, bias=True, *, noise="gaussian", local=True,
@@ -221,9 +223,9 @@ class StochasticLinear(_StochasticWeight, nn.Linear):
 
 
 class StochasticConv2d(_StochasticWeight, nn.Conv2d):
-    """nn.Conv2d with multiplicative noise on its weights; the options of StochasticLinear.
+    """nn.Conv2d with the options of StochasticLinear, local=False by default.
 
-    local=True costs a second convolution, and treats the noise at all positions as independent.
+    local=True costs a second convolution and takes the noise at all positions as independent.
     """
 
     def __init__(self, *args, noise="gaussian", local=False, log_alpha=-6.0, max_log_alpha=None,
@@ -248,35 +250,32 @@ def to_stochastic(module, *, skip=(), noise="gaussian", local=None, log_alpha=-6
     if unknown := [name for name in skip if name not in layers]:
         raise ValueError(f"skip names {unknown}, which the model does not have")
     spared = tuple(f"{name}." for name in skip)
-    twins = {nn.Linear: (StochasticLinear, True), nn.Conv2d: (StochasticConv2d, False)}
+    twins = {nn.Linear: StochasticLinear, nn.Conv2d: StochasticConv2d}
     for name, layer in layers.items():
         if type(layer) in twins and not f"{name}.".startswith(spared):
-            layer.__class__, default = twins[type(layer)]  # the same object, wherever it is held
-            is_local = default if local is None else local
-            layer._make_stochastic(noise, is_local, log_alpha, max_log_alpha)
+            layer.__class__ = twins[type(layer)]  # the same object, wherever it is held
+            layer._make_stochastic(noise, local, log_alpha, max_log_alpha)
     return module
 
 
 @contextlib.contextmanager
 def sample_weights(model, draw=True):
     """A context in which stochastic layers draw noise in any mode; draw=False: use the means."""
-    layers = [m for m in model.modules() if isinstance(m, _StochasticWeight)]
-    before = [m.sampling for m in layers]
+    before = {m: m.sampling for m in model.modules() if isinstance(m, _StochasticWeight)}
     try:
-        for m in layers:
+        for m in before:
             m.sampling = draw
         yield model
     finally:
-        for m, state in zip(layers, before):
-            m.sampling = state
+        for m, sampling in before.items():
+            m.sampling = sampling
 
 
 @contextlib.contextmanager
 def bn_recalibrated(model, batches, draw):
     """A context with the model in eval() and its batch-norm statistics estimated on `batches`.
 
-    draw: True for sampled weights, a new sample per batch; False for the means. The statistics are
-    restored on leaving.
+    draw: sample the weights, for each batch anew, or use the means. Restored on leaving.
     """
     running = [(m, m.running_mean.clone(), m.running_var.clone()) for m in model.modules()
                if getattr(m, "running_mean", None) is not None]
@@ -317,7 +316,7 @@ def accuracy(logits, labels):
     return (logits.argmax(1) == labels).float().mean().item()
 
 
-# === 2. Weight-IB loss ============================================================================
+# === 2. Weight-IB loss ====================================
 
 def weight_information(model):
     """Information in the weights of a model's stochastic layers: 0-d tensor, nats.
@@ -350,22 +349,21 @@ def ib_loss(logits, target, model, beta, n):
     return cross_entropy + beta / n * information, cross_entropy, information
 
 
-# === 3. Information estimators ====================================================================
+# === 3. Information estimators ============================
 
 def g(alpha):
     """Capacity under log-normal noise: -log(1 - exp(-alpha))/2, nats per dimension (Prop. 5.2).
 
-    alpha: float or tensor, > 0; decreasing from infinity to 0. ValueError for alpha < 0.
+    alpha: float or tensor. ValueError for alpha < 0.
     """
     alpha = torch.as_tensor(alpha)
-    alpha = alpha if alpha.is_floating_point() else alpha.double()
     if (alpha < 0).any():
-        raise ValueError("alpha is a variance and cannot be negative")
+        raise ValueError("alpha cannot be negative")
     return -0.5 * torch.log(-torch.expm1(-alpha))
 
 
 def alpha_from_information(information, dim):
-    """The alpha shared by dim weights that hold `information` nats: exp(-2*information/dim).
+    """The alpha of dim weights that hold `information` nats: exp(-2*information/dim).
 
     From Prop. 4.1 with C = 0; the paper prints exp(-information/dim).
     """
@@ -413,12 +411,11 @@ def pac_bayes_bound(loss, divergence, n, *, max_loss=math.log(10), delta=0.05, l
     """With probability 1 - delta, an upper bound on the test loss (McAllester 2013; eq. 7).
 
     loss: mean over the n training samples, expected over the weights, of a loss from 0 to max_loss.
-    divergence: prior_divergence of all that was learned. The least over lambdas (> 1/2), by a union
-    bound; delta=1 with one lambda is eq. 7 as printed. ValueError for impossible values.
+    divergence: see prior_divergence. The least over lambdas (> 1/2), by a union bound; delta=1 with
+    one lambda is eq. 7 as printed. ValueError for impossible values.
     """
     if not (0 <= loss <= max_loss and divergence >= 0 and min(lambdas) > 0.5):
-        raise ValueError(f"loss={float(loss):g} must be 0 to {max_loss:g} (clip it), divergence="
-                         f"{float(divergence):g} >= 0 and every lambda > 1/2")
+        raise ValueError(f"{loss=} must be 0 to {max_loss:g}, {divergence=} >= 0, lambdas > 1/2")
     penalty = max_loss * (divergence + math.log(len(lambdas) / delta)) / n
     return min((loss + lam * penalty) / (1 - 1 / (2 * lam)) for lam in lambdas)
 
@@ -435,9 +432,8 @@ def prior_divergence(model, prior):
     if not noisy or any(m.noise != "gaussian" for m in noisy.values()):
         raise ValueError("the model has no stochastic layer, or one with log-normal noise")
     counted = {name + part for name in noisy for part in ("weight", "log_sigma2")}
-    moved = [key for key, value in model.state_dict().items()
-             if key not in counted and not torch.equal(value, prior[key])]
-    if moved:
+    if moved := [key for key, value in model.state_dict().items()
+                 if key not in counted and not torch.equal(value, prior[key])]:
         raise ValueError(f"{', '.join(moved)}: without noise, and not as in the prior")
     total = 0
     for name, m in noisy.items():
@@ -451,7 +447,7 @@ def prior_divergence(model, prior):
 def label_information(logits, labels):
     """H(y) - cross-entropy: on test data a lower bound on I(z;y); 0-d tensor, nats.
 
-    logits: (n, classes); labels: (n,). H(y) is that of the labels' frequencies. Can be negative.
+    logits: (n, classes); labels: (n,), whose frequencies give H(y). Can be negative.
     """
     frequencies = torch.bincount(labels).double() / len(labels)
     return torch.special.entr(frequencies).sum() - F.cross_entropy(logits.double(), labels)
@@ -477,7 +473,7 @@ def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=
             scores = torch.cat([discriminator(rows, n[part]) for rows in z[part].split(500)])
         discriminator.train()
         if not scores.isfinite().all():
-            raise FloatingPointError("the scores of the discriminator are not finite")
+            raise FloatingPointError("scores that are not finite")
         return _ratio_estimates(scores.float())
 
     optimizer = torch.optim.Adam(discriminator.parameters(), lr, fused=True)
@@ -531,9 +527,9 @@ def total_correlation(z):
     return -0.5 * torch.linalg.slogdet(correlation).logabsdet
 
 
-# === 4. Data ======================================================================================
-# Whole data sets as tensors, images uint8 (n, channels, height, width). Rows may be sorted by
-# class: draw a seeded subset before taking the first N.
+# === 4. Data ==============================================
+# Whole data sets, images uint8 (n, channels, height, width). Rows may be sorted by class: take N
+# with draw_subset.
 
 class DataError(OSError):
     """A data set is missing, cannot be downloaded, or its file is damaged."""
@@ -551,8 +547,8 @@ ARRAYS = {  # file: {array: (shape of a row, largest value)}
 def load_cifar10(data_dir="data"):
     """CIFAR-10: x_train uint8 (50000, 3, 32, 32), y_train int64, x_test (10000, ...), y_test.
 
-    From <data_dir>/cifar10.npz (arrays as in Keras), else torchvision's copy in data_dir, else
-    torchvision's download; the last two write the npz. DataError if all fail.
+    From <data_dir>/cifar10.npz (arrays as in Keras), else torchvision's copy in data_dir, else its
+    download; these write the npz. DataError if all fail.
     """
     arrays = _load_arrays("cifar10", data_dir)
     return tuple(a.permute(0, 3, 1, 2) if a.dim() == 4 else a.long() for a in arrays.values())
@@ -567,8 +563,8 @@ def load_mnist(data_dir="data"):
 def load_celeba(data_dir="data"):
     """CelebA: images uint8 (n, 3, 64, 64), attrs uint8 (n, 40), attr_names, partition uint8 (n,).
 
-    partition: 0 train, 1 validation, 2 test. The centre 148x148 of the aligned faces, resized.
-    From celeba64.npz (images (n, 64, 64, 3), attrs, attr_names, partition); see load_cifar10.
+    The centre 148x148 of the aligned faces, resized. partition: 0 train, 1 validation, 2 test.
+    From celeba64.npz, images there (n, 64, 64, 3); see load_cifar10.
     """
     images, attrs, partition, names = _load_arrays("celeba64", data_dir).values()
     return images.permute(0, 3, 1, 2), attrs, names.tolist(), partition
@@ -665,14 +661,14 @@ def channel_statistics(images):
 def load_images(dataset, data_dir, n_train, n_test):
     """(x_train, y_train, x_test, y_test, mean, std), read once per process.
 
-    dataset: "cifar10" or "mnist", all of it; "objects" or "digits", synthetic ones, n_train and
-    n_test of them. mean and std: channel_statistics of x_train.
+    dataset: "cifar10", "mnist", or synthetic "objects", "digits", n_train and n_test of them. mean
+    and std: channel_statistics of x_train.
     """
-    if dataset in ("cifar10", "mnist"):
-        data = {"cifar10": load_cifar10, "mnist": load_mnist}[dataset](data_dir)
+    if dataset in ("objects", "digits"):
+        draw = synthetic_objects if dataset == "objects" else synthetic_digits
+        data = *draw(n_train, seed=0), *draw(n_test, seed=1)
     else:
-        synthetic = {"objects": synthetic_objects, "digits": synthetic_digits}[dataset]
-        data = *synthetic(n_train, seed=0), *synthetic(n_test, seed=1)
+        data = load_cifar10(data_dir) if dataset == "cifar10" else load_mnist(data_dir)
     return *data, *channel_statistics(data[0])
 
 
@@ -694,8 +690,7 @@ def normalise(images, mean, std, size):
 def corrupt_labels(labels, fraction, num_classes, generator, kind="uniform"):
     """A copy of labels (n,) with exactly round(fraction*n) of them, at random, corrupted.
 
-    kind: "uniform", resampled over all classes (fraction = 1 leaves nothing of the true labels),
-    or "pair", the next class. ValueError for other values.
+    kind: "uniform", resampled over all classes, or "pair", the next class. ValueError for others.
     """
     if not 0 <= fraction <= 1 or kind not in ("uniform", "pair"):
         raise ValueError(f"fraction={fraction} must be from 0 to 1, kind={kind!r} uniform or pair")
@@ -728,8 +723,7 @@ def add_clutter(images, generator, squares=10, size=4):
 DIGIT_FONTS = ("DejaVuSans[-.M]*", "DejaVuSerif[-.]*", "STIXGeneral*", "cm[brt]*", "cmss*")
 FACE_FACTORS = dict(hair_colour=4, hair_style=3, skin=4, glasses=2, smile=3, beard=2, background=8,
                     pose=5)  # number of values
-FACE_ATTRIBUTES = ("black_hair", "brown_hair", "blond_hair", "grey_hair", "dark_skin", "glasses",
-                   "smiling", "beard")
+FACE_ATTRIBUTES = ("black_hair", "blond_hair", "dark_skin", "glasses", "smiling", "beard")
 FACE_COLOURS = {
     "hair_colour": [[0.07, 0.06, 0.08], [0.46, 0.2, 0.07], [0.93, 0.78, 0.35], [0.66, 0.67, 0.7]],
     "skin": [[0.98, 0.84, 0.74], [0.88, 0.67, 0.5], [0.63, 0.43, 0.29], [0.4, 0.27, 0.19]],
@@ -756,10 +750,6 @@ def _local_grid(rng, n, size, shift, turn, scale):
     axis = (torch.arange(size) + 0.5) * 2 / size - 1
     x, y = axis - dx, axis[:, None] - dy
     return x * cos + y * sin, y * cos - x * sin
-
-
-def _ellipse(x, y, a, b):
-    return (torch.hypot(x / a, y / b) - 1) * min(a, b)
 
 
 def _paint(canvas, colour, distance, shown=1):
@@ -839,50 +829,46 @@ def synthetic_digits(n, seed=0):
 
 
 def synthetic_faces(n, seed=0):
-    """Cartoon faces: uint8 (n, 3, 64, 64), attributes uint8 (n, 8), factors {name: int64 (n,)}.
+    """Cartoon faces: uint8 (n, 3, 64, 64), attributes uint8 (n, 6), factors {name: int64 (n,)}.
 
-    FACE_ATTRIBUTES tell some of the FACE_FACTORS, which are independent and uniform. Light, hues,
-    texture and the head's size, tilt and position vary too. In the place of CelebA.
+    FACE_ATTRIBUTES tell some of the FACE_FACTORS, which are independent. Light, texture and the
+    head's size, tilt and position vary too. In the place of CelebA.
     """
     def draw(rng, n):
         codes = [torch.randint(k, (n,), generator=rng) for k in FACE_FACTORS.values()]
         factor = {name: code.view(n, 1, 1) for name, code in zip(FACE_FACTORS, codes)}
-        hair, skin, canvas = (
-            torch.tensor(colours)[factor[name].flatten()].view(n, 3, 1, 1)
-            + _uniform(rng, -0.05, 0.05, n, 3, 1, 1) for name, colours in FACE_COLOURS.items())
+        hair, skin, canvas = (torch.tensor(FACE_COLOURS[name])[factor[name].flatten()]
+                              .view(n, 3, 1, 1) for name in FACE_COLOURS)
         canvas = canvas + 0.12 * _smooth_field(rng, n, 3, 3, 64)
         u, v = _local_grid(rng, n, 64, 0.06, 0.12, (0.9, 1.02))  # frame of the head, v downwards
         x, style = u - 0.055 * (factor["pose"] - 2), factor["hair_style"]
-        eye_x, eye_y, smile = x.abs() - 0.18, v + 0.03, 0.07 * (factor["smile"] - 1)
-        skull, face = torch.hypot(u, v + 0.12) - 0.56, _ellipse(u, v - 0.1, 0.47, 0.58)
-        hairline = torch.where(style == 2, v + 0.2, v + 0.42 - 0.5 * (x - 0.1).abs())
-        chin = torch.maximum(0.3 - 0.9 * x**2 - v, -_ellipse(x, v - 0.38, 0.22, 0.11))
-        lips = (v - 0.38 + smile * (60 * x**2 - 0.5)).abs() - 0.03
-        _paint(canvas, hair, _ellipse(u, v - 0.05, 0.62, 0.68), style == 1)  # long hair
+        skull, face = torch.hypot(u, v + 0.12) - 0.56, torch.hypot(u, 0.8 * v - 0.08) - 0.47
+        hairline = v + torch.where(style == 2, 0.2, 0.36)
+        mouth = (v - 0.38 + 0.07 * (factor["smile"] - 1) * (60 * x**2 - 0.5)).abs() - 0.03
+        eyes = torch.hypot(x.abs() - 0.18, v + 0.03)
+        _paint(canvas, hair, torch.hypot(u, v - 0.05) - 0.64, style == 1)  # long hair
         _paint(canvas, hair, torch.maximum(skull, v))
         _paint(canvas, skin, face)
         _paint(canvas, hair, torch.maximum(skull, hairline))
-        _paint(canvas, hair, torch.maximum(face - 0.02, chin), factor["beard"])
-        _paint(canvas, 0.95, _ellipse(eye_x, eye_y, 0.085, 0.06))
-        _paint(canvas, 0.15, _ellipse(eye_x, eye_y, 0.045, 0.05))
-        _paint(canvas, 0.7 * skin, _ellipse(x, v - 0.15, 0.05, 0.08))
-        _paint(canvas, 0.5 * skin, torch.maximum(lips, x.abs() - 0.17))
-        _paint(canvas, 0.1, _ellipse(eye_x, eye_y, 0.14, 0.12).abs() - 0.02, factor["glasses"])
+        _paint(canvas, hair, torch.maximum(face, 0.5 - v), factor["beard"])
+        _paint(canvas, 0.1, eyes - 0.05)
+        _paint(canvas, 0.1, (eyes - 0.14).abs() - 0.02, factor["glasses"])
+        _paint(canvas, 0.5 * skin, torch.maximum(mouth, x.abs() - 0.17))
         canvas = canvas * _uniform(rng, 0.6, 1.15, n, 1, 1, 1)
         return canvas + 0.02 * torch.randn(canvas.shape, generator=rng), torch.stack(codes, 1)
     images, codes = _draw_in_chunks(draw, n, seed)
     hair, _, skin, glasses, smile, beard, *_ = codes.T
-    attributes = [*F.one_hot(hair, 4).T, skin >= 2, glasses, smile == 2, beard]
+    attributes = [hair == 0, hair == 2, skin >= 2, glasses, smile == 2, beard]
     return images, torch.stack(attributes, 1).to(torch.uint8), dict(zip(FACE_FACTORS, codes.T))
 
 
-# === 5. Running a grid ============================================================================
+# === 5. Running a grid ====================================
 # A figure is a grid of cells. A cell is one training run, a dict of what sets it apart, such as
 # {"n": 300, "beta": 0.1}. Finished cells are lines of <out>/<figure>-<scale>.jsonl.
 
 @contextlib.contextmanager
 def _user_errors():
-    """A context, or decorator, in which an OSError ends the program: one line, exit status 2."""
+    """As a decorator: an OSError ends the program with one line and exit status 2."""
     try:
         yield
     except OSError as error:
@@ -894,9 +880,8 @@ def _user_errors():
 def parse_args(doc, datasets, seeds, argv=None):
     """Read the command line shared by all scripts; doc is the script's docstring, for --help.
 
-    datasets: {scale: names}, the first is the default. seeds: {scale: list}. Returns a namespace:
-    figure, scale, dataset, data_dir, out, seeds, jobs, shard (None or (i, n)), plot_only, device.
-    Bad values: one line on stderr, exit status 2.
+    datasets: {scale: names}, the first is the default. seeds: {scale: list}. Returns a namespace of
+    the options, device for gpu, and figure. Bad values: one line on stderr, exit status 2.
     """
     def whole(text, low=0):
         if text.isdecimal() and low <= int(text) < 2**63:
@@ -914,26 +899,24 @@ def parse_args(doc, datasets, seeds, argv=None):
 
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=layout, allow_abbrev=False)
-    parser.error = error
-    add = parser.add_argument
-    add("--gpu", type=whole, metavar="0", help="index of the GPU (0, if there is one)")
-    add("--scale", choices=list(datasets), help="paper on a GPU, else cpu, if not given")
+    parser.error, add = error, parser.add_argument
+    add("--gpu", type=whole, metavar="0", help="index of the GPU")
+    add("--scale", choices=list(datasets), help="default: paper on a GPU, else cpu")
     add("--dataset", help=f"one of {datasets}")
     add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets (data)")
     add("--out", type=Path, default=Path("results"), help="folder of rows and plots (results)")
     add("--seeds", type=whole, nargs="+", metavar="0", help="run each cell once per seed")
     add("--jobs", type=lambda text: whole(text, 1), metavar="K",
-        help="cells trained at once (1 on a GPU, else one per core)")
-    add("--shard", type=shard, metavar="I/N", help="part I of N of the cells, for several machines")
-    add("--plot-only", action="store_true", help="draw from the rows there are, train nothing")
+        help="cells trained at once; default: 1 on a GPU, else one per core")
+    add("--shard", type=shard, metavar="I/N", help="every N-th cell, from the I-th")
+    add("--plot-only", action="store_true", help="only draw the rows there are")
     args = parser.parse_args(argv)
     args.device = _device(args.gpu)
     on_cpu = args.device.type == "cpu"
     args.scale = args.scale or ("cpu" if on_cpu else "paper")
-    choices = datasets[args.scale]
-    args.dataset = args.dataset or choices[0]
-    if args.dataset not in choices:
-        error(f"argument --dataset: {args.dataset!r}, of --scale {args.scale}, is not in {choices}")
+    args.dataset = args.dataset or datasets[args.scale][0]
+    if args.dataset not in datasets[args.scale]:
+        error(f"--dataset {args.dataset} is not in {datasets[args.scale]}, of --scale {args.scale}")
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
     args.jobs = args.jobs or (len(affinity(0)) if on_cpu else 1)
     args.seeds = list(dict.fromkeys(args.seeds or seeds[args.scale]))
@@ -959,11 +942,11 @@ def run_grid(cells, train_cell, args, settings, prepare=None):
     train_cell(cell, device, args, progress) returns a dict of what was measured. A cell gets a key
     "seed"; one that has it runs for that seed only. progress(step, steps, loss) raises
     FloatingPointError for a non-finite loss: "diverged". settings: what cells are trained with;
-    rows of others do not count. prepare(args): called once before training, to load the data.
+    rows of others do not count. prepare(args): called before training, to load data.
 
-    A row is a JSON line, appended in one write: figure, scale, dataset, torch, git, settings,
-    device, seconds, status ("ok" or "diverged"), the cell's keys, what was measured. Numbers do not
-    depend on --jobs. Ctrl-C: exit status 130. OSError: one line, status 2.
+    Rows are JSON lines, each appended in one write: figure, scale, dataset, status ("ok" or
+    "diverged"), device, torch, git, settings, seconds, the cell's keys, what was measured. Numbers
+    do not depend on --jobs. Ctrl-C: exit status 130. OSError: one line, status 2.
     """
     try:
         rows = _run_missing_cells(cells, train_cell, args, settings, prepare)
@@ -983,11 +966,11 @@ def _run_missing_cells(cells, train_cell, args, settings, prepare):
     names = sorted({name for cell in cells for name in cell})
     part, parts = args.shard or (1, 1)
     cells = cells[part - 1::parts]
+    on_cpu = args.device.type == "cpu"
     head = {"figure": args.figure, "scale": args.scale, "dataset": args.dataset, "status": "ok",
+            "device": "cpu" if on_cpu else torch.cuda.get_device_name(args.device),
             "torch": torch.__version__, "git": _git_revision(),
-            "settings": json.loads(json.dumps(settings)), "device": "cpu"}  # no tuples, as in rows
-    if args.device.type == "cuda":
-        head["device"] = torch.cuda.get_device_name(args.device)
+            "settings": json.loads(json.dumps(settings))}  # tuples are lists, as in the rows
 
     def key(row):
         return json.dumps([row.get(name) for name in names])
@@ -1021,7 +1004,12 @@ def _run_missing_cells(cells, train_cell, args, settings, prepare):
                 if file.write(line) != len(line) or not path.exists():
                     raise OSError(f"{path}: a row was lost, is the disk full or the file removed?")
                 os.fsync(file.fileno())
-                _print_row(cell, result, count, len(todo), (time.monotonic() - started) / 60)
+                shown = " ".join(f"{key} {value:.4f}" for key, value in result.items()
+                                 if key.endswith("acc") and isinstance(value, float))
+                minutes = (time.monotonic() - started) / 60
+                left = minutes / count * (len(todo) - count)
+                print(f"{count:4d}/{len(todo)} {cell} {row['status']} {shown} {minutes:.1f} min, "
+                      f"{left:.1f} to go", flush=True)
     return list(counted(read_rows(args)).values())
 
 
@@ -1102,22 +1090,14 @@ def _set_up_worker():
 
 def _git_revision():
     """Commit of this folder, "-dirty" if its Python files differ; "unknown" outside git."""
-    git = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True,
-                            text=True, check=True, timeout=10)
+    def git(command):
+        return subprocess.check_output(["git", *command.split()], cwd=Path(__file__).parent,
+                                       stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
     try:
-        commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        changes = git(["git", "status", "--porcelain", "--", "*.py"]).stdout
-        return commit + ("-dirty" if changes else "")
+        changes = git("status --porcelain -- *.py")
+        return git("rev-parse --short HEAD") + ("-dirty" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-
-
-def _print_row(cell, result, count, total, elapsed):
-    name = " ".join(f"{key}={value}" for key, value in cell.items())
-    values = [f"{key} {value:<8.4g}" for key, value in result.items()
-              if isinstance(value, float) and (key.endswith("acc") or key == "information")]
-    print(f"{count:4d}/{total} {name:<46} {result.get('status', ' '.join(values))} {elapsed:.1f} "
-          f"min, {elapsed / count * (total - count):.1f} to go", flush=True)
 
 
 def minibatches(n, batch, device):

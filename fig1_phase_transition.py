@@ -28,37 +28,35 @@ from matplotlib.tri import Triangulation
 
 from common import (StochasticConv2d, StochasticLinear, accuracy, bn_recalibrated, claim,
                     complete_seeds, corrupt_labels, crossing, draw_subset, fmt, load_images,
-                    lr_factor, minibatches, new_figure, normalise, ok_rows,
-                    param_groups, parse_args, per_seed, plot_points, predict, run_grid,
-                    save_figure, save_tables, summarise, weight_information)
+                    lr_factor, minibatches, new_figure, normalise, ok_rows, param_groups,
+                    parse_args, per_seed, plot_points, predict, run_grid, save_figure,
+                    save_tables, summarise, weight_information)
 
 # What a cell is trained and measured with, stored in its row. It takes steps * max(1, N/300)^0.4.
+SHARED = dict(lr_noise=0.16, hold=0.6, peak=0.5)
 SETTINGS = {
-    "demo": dict(width=1 / 8, steps=3000, batch=50, lr=0.012, lr_noise=0.16, hold=0.6, peak=0.5,
-                 test=1000),
-    "cpu": dict(width=1 / 4, steps=5000, batch=100, lr=0.024, lr_noise=0.16, hold=0.6, peak=0.5,
-                test=5000),
-    "paper": dict(width=1, steps=10_000, batch=100, lr=0.012, lr_noise=0.16, hold=0.6, peak=0.5,
-                  test=10_000),
+    "demo": dict(width=1 / 8, steps=3000, batch=50, lr=0.012, test=1000, **SHARED),
+    "cpu": dict(width=1 / 4, steps=5000, batch=100, lr=0.024, test=5000, **SHARED),
+    "paper": dict(width=1, steps=10_000, batch=100, lr=0.012, test=10_000, **SHARED),
 }
 BETAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 2.0, 3.0)
 REAL_BETAS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.2, 2.0, 4.0, 10.0)
+SIZES = (100, 300, 1000, 3000)
 # The cells. `extra`, of seed 0: a "budget" that is a multiple of the steps.
 GRID = {
     "demo": dict(sizes=(100,), random=(0.1, 0.3, 0.5, 0.8, 1.3), real=(), extra=[]),
-    "cpu": dict(sizes=(100, 300, 1000, 3000), random=BETAS, real=REAL_BETAS, extra=[
-        *({"labels": "random", "n": n, "beta": beta, "budget": budget, "seed": 0}
-          for n in (100, 300, 1000, 3000) for budget in (0.25, 0.5, 2) for beta in (0.5, 0.7, 0.8))]),
-    "paper": dict(sizes=(100, 300, 1000, 3000, 10_000, 30_000, 50_000), random=BETAS,
-                  real=REAL_BETAS, extra=[]),
+    "cpu": dict(sizes=SIZES, random=BETAS, real=REAL_BETAS, extra=[
+        {"labels": "random", "n": n, "beta": beta, "budget": budget, "seed": 0}
+        for n in SIZES for budget in (0.25, 0.5, 2) for beta in (0.5, 0.7, 0.8)]),
+    "paper": dict(sizes=(*SIZES, 10_000, 30_000, 50_000), random=BETAS, real=REAL_BETAS, extra=[]),
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
-DATASETS = {"demo": ["synthetic"], "cpu": ["cifar10", "mnist", "synthetic"],
-            "paper": ["cifar10", "mnist", "synthetic"]}
+REAL_DATA = ["cifar10", "mnist", "synthetic"]
+DATASETS = {"demo": ["synthetic"], "cpu": REAL_DATA, "paper": REAL_DATA}
 
 
 class Shift(nn.Module):
-    """A bias per channel with noise on it, so that what it learns is counted: x + shift."""
+    """x + a bias per channel that has noise, so that it is counted."""
 
     def __init__(self, channels):
         super().__init__()
@@ -96,14 +94,14 @@ def load_data(args):
 def beta_at(t, beta, peak):
     """beta at fraction t of the steps: to max(beta, peak) over 40%, to beta from 50% to 70%.
 
-    A net that has been at a larger beta and comes down holds fewer nats than one that has not.
+    A net that has been at a larger beta holds fewer nats afterwards.
     """
     top = max(beta, peak)
     return top * min(1, t / 0.4) if t < 0.5 else top + (beta - top) * min(1, (t - 0.5) / 0.2)
 
 
 def train_cell(cell, device, args, progress, information=weight_information):
-    """Train one net on random or real labels with this penalty, nats of a model, and measure it."""
+    """Train one net on random or real labels, and measure it. information: the penalty, in nats."""
     s, n, beta = SETTINGS[args.scale], cell["n"], cell["beta"]
     torch.manual_seed(cell["seed"])
     generator = torch.Generator().manual_seed(cell["seed"])
@@ -183,10 +181,7 @@ def equilibrium(rows):
 
 
 def repricing_gap(rows):
-    """How far, at most, a cell with beta <= beta* is above another's final state at its own beta.
-
-    rows: of one N and seed. Nats per sample; 0: each is the best state found.
-    """
+    """Nats per sample by which a cell with beta <= beta* is above another's state at its beta."""
     gaps = [row["objective"] - other["cross_entropy_batch"] - row["beta"] * other["nats"]
             for row in rows if row["beta"] <= equilibrium(rows) for other in rows]
     return max(gaps, default=0.0)
@@ -203,9 +198,11 @@ def claims(random, real, ok, grid):
     def by_size(function, rows):  # {N: one value per seed}
         return {n: per_seed(function, ok_rows(rows, n=n)) for n in sizes if ok_rows(rows, n=n)}
 
+    def first(key, rows):  # {N: the value in each seed's only row}
+        return by_size(lambda rows: rows[0][key], rows)
+
     def growth(rows, low, high):  # {high: exponents of information ~ N^exponent, beta = 0.1}
-        nats = {n: per_seed(lambda rows: rows[0]["information"], ok_rows(rows, n=n, beta=0.1))
-                for n in (low, high)}
+        nats = first("information", ok_rows(rows, beta=0.1))
         return {high: np.log(nats[high] / nats[low]) / math.log(high / low)}
 
     if random:
@@ -244,9 +241,9 @@ def claims(random, real, ok, grid):
         beta = min(beta for beta in betas if beta > 1)
         real, random = ok_rows(real, beta=beta), ok_rows(random, beta=beta)
         add(f"β = {beta:g}: random labels are not learned (train accuracy below 20%)", "yes",
-            by_size(lambda rows: rows[0]["train_acc"], random), lambda v: v < 0.2, "{:.0%}")
+            first("train_acc", random), lambda v: v < 0.2, "{:.0%}")
         add(f"β = {beta:g}: real labels are learned (train accuracy above 20%)", "yes",
-            by_size(lambda rows: rows[0]["train_acc"], real), lambda v: v > 0.2, "{:.0%}")
+            first("train_acc", real), lambda v: v > 0.2, "{:.0%}")
         add(f"β = {beta:g}: they are not overfitted (train within 10 points of test)", "yes",
             by_size(lambda rows: rows[0]["train_acc"] - rows[0]["test_acc_sampled"], real),
             lambda v: v < 0.1, "{:.0%}")
@@ -266,16 +263,15 @@ def measured(ok):
 
 
 def plot(ok, args):
-    width = SETTINGS[args.scale]["width"]
-    main = ok_rows(ok, budget=None)
-    random, real = ok_rows(main, labels="random"), ok_rows(main, labels="real")
-    sizes = sorted({row["n"] for row in ok})
+    width, seeds = SETTINGS[args.scale]["width"], {row["seed"] for row in ok}
+    main, sizes = ok_rows(ok, budget=None), sorted({row["n"] for row in ok})
+    random = ok_rows(main, labels="random")
     fig, axes = new_figure(2, 4, f"Fig. 1: Small AlexNet, width ×{width:g}, {args.dataset}, scale "
-                           f"{args.scale}, up to {len({row['seed'] for row in ok})} seeds per cell")
-    plot_map(axes[0, 0], random, "train_acc_batch", "train accuracy, random labels")
-    plot_map(axes[0, 1], real, "train_acc_batch", "train accuracy, real labels")
-    plot_map(axes[0, 2], random, "test_acc", "test accuracy, random labels")
-    plot_map(axes[0, 3], real, "test_acc", "test accuracy, real labels")
+                           f"{args.scale}, up to {len(seeds)} seeds per cell")
+    panels = [(part, labels) for part in ("train", "test") for labels in ("random", "real")]
+    for ax, (part, labels) in zip(axes[0], panels):
+        key = "train_acc_batch" if part == "train" else "test_acc"
+        plot_map(ax, ok_rows(main, labels=labels), key, f"{part} accuracy, {labels} labels")
     bar = plt.cm.ScalarMappable(plt.Normalize(0.12, 0.98), "coolwarm")
     fig.colorbar(bar, ax=axes[0, 3], label="accuracy, interpolated between the dots")
     axes[0, 1].axhline(-2.8, color="0.35", ls=":", lw=2, label="paper's second line")
@@ -292,7 +288,7 @@ def plot(ok, args):
         memorised = [row for row in ok_rows(ok, labels="random", n=n) if row["r"] > 0]
         plot_points(r_ax, summarise(memorised, "beta", "r", budget=None), **style)
         star = [{"status": "ok", "steps": steps, "star": value}
-                for steps in sorted({row["steps"] for row in memorised})
+                for steps in {row["steps"] for row in memorised}
                 for value in per_seed(equilibrium, ok_rows(memorised, steps=steps))]
         plot_points(steps_ax, summarise(star, "steps", "star"), **style)
     accuracy_ax.plot([], [], "D", mfc="0.8", mec="0.4", ms=8, label="paper's 55%, same N")
@@ -306,8 +302,8 @@ def plot(ok, args):
         ax.axhline(1, color="0.5", ls=":", label="r = 1: an ideal code")
         ax.set_ylim(0, 1.05)
     for labels, colour in (("random", "C3"), ("real", "C0")):
-        plot_points(nats_ax, summarise(main, "n", "nats", labels=labels, beta=0.1), color=colour,
-                    label=f"{labels} labels")
+        nats = summarise(main, "n", "nats", labels=labels, beta=0.1)
+        plot_points(nats_ax, nats, color=colour, label=f"{labels} labels")
     nats_ax.axhline(LOG10, color="0.6", ls="--", label="log 10: a random label")
     nats_ax.set(xscale="log", xlabel="N", ylabel="I(w;D)/N, nats per sample",
                 title="information, β = 0.1", ylim=(0, None))
