@@ -39,7 +39,7 @@ BETAS = (0.025, 0.063, 0.158, 0.398, 1.0, 2.51, 6.31, 15.8, 39.8)
 CORRUPTIONS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 # The cells: models at n_models and betas; corruptions at n and beta, and 0 and 1 `elsewhere`.
 GRID = {
-    "demo": dict(n_models=100, betas=(0.0025, 0.025, 0.25, 2.5), n=200, beta=0.1,
+    "demo": dict(n_models=100, betas=(0.0025, 0.025, 0.25, 10.0), n=200, beta=0.1,
                  corruptions=(0.0, 0.5, 1.0), elsewhere=()),
     "cpu": dict(n_models=1000, betas=BETAS[:6], n=3000, beta=0.1, corruptions=CORRUPTIONS,
                 elsewhere=((300, 0.1), (1000, 0.03), (1000, 0.1), (1000, 0.2))),
@@ -221,12 +221,14 @@ def corruption_claims(rows, grid):
     table = [
         claim(f"N = {n:,}, β = {beta:g}: train accuracy over 85% at every corruption",
               "fits everything", f"at least {fmt(least, '{:.1%}')}", min(least) > 0.85),
-        claim("from real to random labels information rises by 1.9 to 3.5 nats per sample",
-              "3.1 (first version 2.2)", fmt(rise[-1]), 1.9 <= rise[-1].mean() <= 3.5),
         claim("information grows with every step of corruption (mean over seeds)",
               "; ".join(f"{v:.2f}" for v in paper), "; ".join(map(fmt, steps)),
               all(steps.mean(1) > 0)),
     ]
+    if n >= 1000:  # the rise grows with N: the demo's is too small to compare
+        table.append(claim(
+            "from real to random labels information rises by 1.9 to 3.5 nats per sample",
+            "3.1 (first version 2.2)", fmt(rise[-1]), 1.9 <= rise[-1].mean() <= 3.5))
     random, n = ok_rows(rows, corruption=1.0), grid["n_models"]
     for key, sign, sentence, some in (
             ("n", 1, f"β = {beta:g}: this rise grows with N", ok_rows(random, beta=beta)),

@@ -1986,7 +1986,7 @@ def test_fig2_claims_can_hold_and_fail_and_stay_undecided(monkeypatch):
             "demo": dict(
                 n_models=100,
                 betas=(0.01, 0.1, 10.0),
-                n=100,
+                n=1000,
                 beta=0.1,
                 corruptions=(0.0, 0.5, 1.0),
                 elsewhere=(),
@@ -2001,11 +2001,11 @@ def test_fig2_claims_can_hold_and_fail_and_stay_undecided(monkeypatch):
         ("over 85%", lambda row: row | ({"train_acc": 0.8} if "corruption" in row else {})),
         (
             "1.9 to 3.5",
-            lambda row: row | ({"information": 150.0} if row.get("corruption") == 1 else {}),
+            lambda row: row | ({"information": 1500.0} if row.get("corruption") == 1 else {}),
         ),
         (
             "every step",
-            lambda row: row | ({"information": 90.0} if row.get("corruption") == 0.5 else {}),
+            lambda row: row | ({"information": 900.0} if row.get("corruption") == 0.5 else {}),
         ),
     ):
         assert any(
