@@ -200,7 +200,7 @@ def test_a_layer_with_too_much_noise_learns_less_of_it(noise, local):
 
 
 def gaussian_divergence(log_alpha):
-    """KL of N(w, alpha w^2) from the log-uniform prior, 0 at alpha = infinity: E log|eps| - log(alpha)/2 + const."""
+    """KL of N(w, alpha w^2) from the log-uniform prior, 0 at alpha = infinity, by integration."""
     step = 5e-5
     normal = torch.arange(-10, 10, step, dtype=torch.double) + step / 2
     density = torch.exp(-(normal**2) / 2) * step / math.sqrt(2 * math.pi)
@@ -517,7 +517,7 @@ def test_alpha_from_information_inverts_the_information_of_a_layer():
 
 
 def spacing_entropy(samples):
-    """Entropy of each column of samples (n, d) by Vasicek's spacings, nats: no shape of the distribution is assumed."""
+    """Entropy of each column of samples (n, d) by Vasicek's spacings, nats."""
     i, m = torch.arange(len(samples)), int(len(samples) ** 0.5)
     above, below = (i + m).clamp(max=len(i) - 1), (i - m).clamp(min=0)
     ordered = samples.sort(0).values
@@ -717,7 +717,7 @@ def test_label_information():
     assert label_information(F.one_hot(two).float() * 50, two).item() == pytest.approx(
         0.5623, abs=1e-4
     )
-    # a noisy channel: right with probability p, else uniform over the rest; the exact mutual information is known
+    # a noisy channel: right with probability p, else uniform over the rest
     p, n = 0.7, 200_000
     x = torch.randint(10, (n,))
     y = torch.where(torch.rand(n) < p, x, (x + torch.randint(1, 10, (n,))) % 10)
@@ -758,7 +758,7 @@ class PairCritic(nn.Module):
 
 
 def gaussian_pairs(information, dim, count):
-    """(z, n), each (count, dim), of which I(z;n) is known: dim pairs of Gaussians of one correlation."""
+    """(z, n), each (count, dim), of known I(z;n): dim pairs of Gaussians of one correlation."""
     square = -math.expm1(-2 * information / dim)  # I = -dim/2 log(1 - correlation^2)
     z = torch.randn(count, dim)
     return z, square**0.5 * z + (1 - square) ** 0.5 * torch.randn(count, dim)
@@ -1279,8 +1279,7 @@ def test_rows_have_the_contract_fields_and_are_not_run_again(tmp_path):
     assert first.stdout.startswith(start)
     rows = toy.rows()
     assert sorted((r["seed"], r["beta"]) for r in rows) == [
-        *itertools.product((0, 5), (1, 2, 3, 4))
-    ]  # 99 has a seed of its own
+        *itertools.product((0, 5), (1, 2, 3, 4))]  # 99 has a seed of its own
     for row in rows:
         assert {"seconds", "device", "torch", "git", "value"} <= {*row}
         assert row["settings"] == {"steps": [3, 4]}
@@ -1300,14 +1299,8 @@ def test_rows_of_other_settings_and_foreign_lines_are_left_aside(tmp_path):
     toy = Toy(tmp_path, betas="1, 2")
     toy.run("--jobs", "1")
     row = toy.rows()[0]
-    bad = [
-        row | {"figure": "fig9"},
-        row | {"scale": "paper"},
-        row | {"seed": "0"},
-        {"beta": 1},
-        row | {"settings": 3},
-        row | {"status": "fine"},
-    ]
+    bad = [row | {"figure": "fig9"}, row | {"scale": "paper"}, row | {"seed": "0"}, {"beta": 1},
+           row | {"settings": 3}, row | {"status": "fine"}]
     lines = [json.dumps(row | {"settings": {"steps": [3, 5]}}), *map(json.dumps, bad), "[1]", "{"]
     toy.path.write_text("\n".join(lines) + "\n" + json.dumps(row))  # the last line is torn
     result = toy.run("--jobs", "1")
@@ -1316,10 +1309,8 @@ def test_rows_of_other_settings_and_foreign_lines_are_left_aside(tmp_path):
     assert "rows 2" in result.stdout and "Traceback" not in result.stderr
     warned = set(re.findall(r"line (\d+)", result.stderr))
     assert warned == {str(number) for number in range(2, 11)}
-    assert [r.get("beta") for r in map(json.loads, toy.path.read_text().splitlines()[-2:])] == [
-        1,
-        2,
-    ]
+    last = [json.loads(line) for line in toy.path.read_text().splitlines()[-2:]]
+    assert [row.get("beta") for row in last] == [1, 2]
 
 
 def test_numbers_are_the_same_with_jobs(tmp_path):
@@ -1349,7 +1340,7 @@ def test_kill_and_torn_line_lose_nothing_finished_and_repeat_nothing(tmp_path, j
     assert result.returncode == 0 and f"8 cells, {len(saved)} done" in result.stdout
     assert "not counted" in result.stderr
     rows = [json.loads(line) for line in toy.path.read_text().splitlines() if line.endswith("}")]
-    assert rows[: len(saved)] == saved
+    assert rows[:len(saved)] == saved
     assert sorted(r["beta"] for r in rows) == [1, 2, 3, 4, 5, 7, 8, 9]
     assert len(toy.log.read_text().split()) - len(logged) == 8 - len(saved)
 
@@ -1387,23 +1378,9 @@ def test_a_diverged_cell_is_recorded_and_the_rest_goes_on(tmp_path):
     assert result.returncode == 2 and result.stderr.count("\n") == 1
 
 
-BAD_VALUES = [
-    "--gpu x",
-    "--gpu -1",
-    "--gpu 0,1",
-    "--jobs 0",
-    "--jobs two",
-    "--shard 3/2",
-    "--shard 1",
-    "--shard a/b",
-    "--shard 1/0",
-    "--seeds -1",
-    "--seeds one",
-    "--scale huge",
-    "--dataset imagenet",
-    "--nonsense",
-    "--plot-only",
-]
+BAD_VALUES = ["--gpu x", "--gpu -1", "--gpu 0,1", "--jobs 0", "--jobs two", "--shard 3/2",
+              "--shard 1", "--shard a/b", "--shard 1/0", "--seeds -1", "--seeds one",
+              "--scale huge", "--dataset imagenet", "--nonsense", "--plot-only"]
 
 
 @pytest.fixture(scope="module")
@@ -1449,15 +1426,10 @@ def test_unwritable_folder_and_full_disk_end_in_one_line(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="no file size limits")
 def test_a_row_cut_short_is_an_error_and_is_run_again(tmp_path):
     import resource
-
     toy, limit = Toy(tmp_path), 400  # bytes that a file may have: the second row does not fit
     result = subprocess.run(
-        [sys.executable, *toy.command, "--jobs", "1"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+        [sys.executable, *toy.command, "--jobs", "1"], capture_output=True, text=True, timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert toy.run("--jobs", "1").returncode == 0
     whole = [line for line in toy.path.read_text().splitlines() if line.endswith("}")]
@@ -1474,17 +1446,14 @@ def test_tables_are_written_and_put_into_the_page(tmp_path):
     assert "| claim | paper | ours | holds |\n" in table and "| c | p | rows 2 | yes |\n" in table
     assert table in result.stdout
     assert page.read_text() == (
-        f"before\n<!-- toy-demo -->\n\n{table}<!-- end -->\nafter <!-- end -->\n"
-    )
+        f"before\n<!-- toy-demo -->\n\n{table}<!-- end -->\nafter <!-- end -->\n")
     assert common.claim("c", "p", "o", False)["holds"] == "NO"
 
 
 def test_statistics_of_rows():
     rows = [{"status": "ok", "seed": s, "x": x, "y": float(x + s)} for s in (0, 1) for x in (1, 2)]
-    rows += [
-        {"status": "diverged", "seed": 2, "x": 1},
-        {"status": "ok", "seed": 2, "x": 2, "y": 9.0},
-    ]
+    rows += [{"status": "diverged", "seed": 2, "x": 1},
+             {"status": "ok", "seed": 2, "x": 2, "y": 9.0}]
     assert common.summarise(rows, "x", "y", seed=0) == [(1, 1.0, 0.0, 1), (2, 2.0, 0.0, 1)]
     assert common.summarise(rows, "x", "y")[0] == (1, 1.5, pytest.approx(0.5**0.5), 2)
     complete = common.complete_seeds(rows, [{"x": 1}, {"x": 2}])
@@ -1514,7 +1483,6 @@ def test_learning_rates_and_minibatches():
 
 # === The sections alone, the scripts, the README ===============================================
 
-
 def test_sections_run_alone_under_the_import_block():
     imports, *sections = re.split(r"(?m)^# === (?=\d\. )", (HERE / "common.py").read_text())
     assert len(sections) == 5
@@ -1528,7 +1496,8 @@ def test_sections_run_alone_under_the_import_block():
         "assert g(1.0) > 0 and total_correlation(torch.randn(50, 3)) >= 0\n"
         "layer_information(torch.ones(2, 3), 0.1, torch.randn(9, 3))\n"
         "flat_minimum_bound(torch.ones(2), 1.0, 1)\npac_bayes_bound(0.1, 1.0, 100)\n"
-        "layer_information_bound(2, 0.1)\nlabel_information(torch.ones(2, 3), torch.ones(2).long())",
+        "layer_information_bound(2, 0.1)\n"
+        "label_information(torch.ones(2, 3), torch.ones(2).long())",
         "synthetic_objects(2)\nsynthetic_digits(2)\nsynthetic_faces(2)\n"
         "add_clutter(torch.zeros(2, 1, 28, 28), torch.Generator())\n"
         "corrupt_labels(torch.zeros(4).long(), 0.5, 10, torch.Generator())\n"
@@ -1540,113 +1509,46 @@ def test_sections_run_alone_under_the_import_block():
         exec(code, {"__name__": "pasted"})
 
 
-FIG1 = {
-    "SETTINGS": dict(
-        width=1 / 16, steps=5, batch=40, lr=0.01, lr_noise=0.1, hold=0.6, peak=0.5, test=100
-    ),
-    "GRID": dict(
-        sizes=(100, 200),
-        random=(0.1, 0.5, 1.2),
-        real=(0.1, 1.2),
-        extra=[{"labels": "random", "n": 100, "beta": 0.5, "budget": 2, "seed": 0}],
-    ),
-}
-FIG2 = {
-    "SETTINGS": dict(
-        widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "ResNet": 1 / 8},
-        blocks=1,
-        steps=3,
-        batch=2000,
-        lr=0.003,
-        lr_noise=0.04,
-        test=100,
-    ),
-    "GRID": dict(
-        n_models=100,
-        betas=(0.01, 10.0),
-        n=100,
-        beta=0.1,
-        corruptions=(0.0, 0.5, 1.0),
-        elsewhere=((50, 0.1),),
-    ),
-}
-FIG3 = {
-    "SETTINGS": dict(
-        n=20,
-        test=20,
-        batch=20,
-        width_steps=6,
-        beta_steps=6,
-        lr_sgd=0.05,
-        weight_decay=0.001,
-        lr=0.003,
-        lr_noise=0.04,
-    ),
-    "GRID": dict(widths=(1 / 96, 1 / 32), beta_width=1 / 32, betas=(0.01, 1.0, 100.0)),
-}
-FIG4 = {
-    "SETTINGS": dict(
-        width=1 / 32,
-        n=60,
-        steps=3,
-        batch=20,
-        pairs=60,
-        discriminator_steps=3,
-        validation=20,
-        test=30,
-        lr=0.003,
-        lr_noise=0.05,
-    ),
-    "GRID": (0.001, 10.0),
-}
-FIG5 = {
-    "SETTINGS": dict(
-        channels=(4, 4, 8, 4),
-        dim_u=3,
-        synthetic=(60, 40),
-        test=40,
-        batch=16,
-        evaluation_steps=2,
-        classifier_steps=3,
-        vae_steps=3,
-        kl_warm_up=0.4,
-        kl_weight=100,
-        kl_end=0.8,
-        draws=2,
-        lr=0.002,
-        lr_noise=0.04,
-    ),
-    "GRID": (0.0, 0.1, 10.0),
-}
-TINY = {
-    "fig1_phase_transition": FIG1,
-    "fig2_corrupted_labels": FIG2,
-    "fig3_width_beta": FIG3,
-    "fig4_cluttered_mnist": FIG4,
-    "fig5_celeba_vae": FIG5,
-}
+FIG1 = {"SETTINGS": dict(width=1 / 16, steps=5, batch=40, lr=0.01, lr_noise=0.1, hold=0.6, peak=0.5,
+                         test=100),
+        "GRID": dict(sizes=(100, 200), random=(0.1, 0.5, 1.2), real=(0.1, 1.2), extra=[
+            {"labels": "random", "n": 100, "beta": 0.5, "budget": 2, "seed": 0}])}
+FIG2 = {"SETTINGS": dict(widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "ResNet": 1 / 8},
+                         blocks=1, steps=3, batch=2000, lr=0.003, lr_noise=0.04, test=100),
+        "GRID": dict(n_models=100, betas=(0.01, 10.0), n=100, beta=0.1,
+                     corruptions=(0.0, 0.5, 1.0), elsewhere=((50, 0.1),))}
+FIG3 = {"SETTINGS": dict(n=20, test=20, batch=20, width_steps=6, beta_steps=6, lr_sgd=0.05,
+                         weight_decay=0.001, lr=0.003, lr_noise=0.04),
+        "GRID": dict(widths=(1 / 96, 1 / 32), beta_width=1 / 32, betas=(0.01, 1.0, 100.0))}
+FIG4 = {"SETTINGS": dict(width=1 / 32, n=60, steps=3, batch=20, pairs=60, discriminator_steps=3,
+                         validation=20, test=30, lr=0.003, lr_noise=0.05),
+        "GRID": (0.001, 10.0)}
+FIG5 = {"SETTINGS": dict(channels=(4, 4, 8, 4), dim_u=3, synthetic=(60, 40), test=40, batch=16,
+                         evaluation_steps=2, classifier_steps=3, vae_steps=3, kl_warm_up=0.4,
+                         kl_weight=100, kl_end=0.8, draws=2, lr=0.002, lr_noise=0.04),
+        "GRID": (0.0, 0.1, 10.0)}
+TINY = {"fig1_phase_transition": FIG1, "fig2_corrupted_labels": FIG2, "fig3_width_beta": FIG3,
+        "fig4_cluttered_mnist": FIG4, "fig5_celeba_vae": FIG5}
 MEASURED = {
     "fig1_phase_transition": "objective train_acc train_acc_batch train_acc_mean test_acc "
-    "cross_entropy cross_entropy_batch information labels n beta",
-    "fig2_corrupted_labels": "objective train_acc train_acc_mean test_acc cross_entropy information "
-    "panel n beta",
+                             "cross_entropy cross_entropy_batch information labels n beta",
+    "fig2_corrupted_labels": "objective train_acc train_acc_mean test_acc cross_entropy "
+                             "information panel n beta",
     "fig3_width_beta": "params train_acc test_acc information panel width",
     "fig4_cluttered_mnist": "test_acc i_zn_nce i_zn_dv i_zy bound information total_correlation",
     "fig5_celeba_vae": "attribute_acc reconstruction_mse background_mse attribute_agreement "
-    "majority_acc information",
+                       "majority_acc information",
 }
 
 
 @pytest.fixture(scope="module")
 def tiny_runs(tmp_path_factory):
     """{script: (folder, first run, a run that only redraws, rows)}, the scripts two at a time."""
-
     def carry_out(script):
         folder = tmp_path_factory.mktemp("run")
         arguments = [f"{script}.py", "--scale", "demo", "--jobs", "1", "--out", str(folder)]
-        runs = [
-            Run(*arguments, *more, changes=TINY[script]).wait() for more in ((), ("--plot-only",))
-        ]
+        runs = [Run(*arguments, *more, changes=TINY[script]).wait()
+                for more in ((), ("--plot-only",))]
         text = (folder / f"{script}-demo.jsonl").read_text()
         return folder, *runs, [json.loads(line) for line in text.splitlines()]
 
@@ -1680,12 +1582,8 @@ def test_committed_tables_are_what_the_committed_rows_say(tmp_path):
     assert figures
     for path in (HERE / "results").glob("fig?_*-cpu*.jsonl"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    results = side_by_side(
-        lambda name: Run(
-            f"{name[:-4]}.py", "--scale", "cpu", "--plot-only", "--out", str(tmp_path)
-        ).wait(),
-        figures,
-    )
+    results = side_by_side(lambda name: Run(
+        f"{name[:-4]}.py", "--scale", "cpu", "--plot-only", "--out", str(tmp_path)).wait(), figures)
     page = (HERE / "results" / "README.md").read_text()
     for name, result in zip(figures, results):
         assert result.returncode == 0 and result.stderr == "", (name, result.stderr)
@@ -1704,24 +1602,14 @@ def test_readme_snippets_run():
     snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     assert snippets
     for snippet in snippets:
-        result = subprocess.run(
-            [sys.executable, "-c", snippet], cwd=HERE, capture_output=True, text=True, timeout=120
-        )
+        result = subprocess.run([sys.executable, "-c", snippet], cwd=HERE, capture_output=True,
+                                text=True, timeout=120)
         assert result.returncode == 0, result.stderr
 
 
 def test_missing_data_is_one_line(tmp_path):
-    result = Run(
-        "fig1_phase_transition.py",
-        "--scale",
-        "cpu",
-        "--jobs",
-        "1",
-        "--data-dir",
-        str(tmp_path / "none"),
-        "--out",
-        str(tmp_path / "out"),
-    ).wait()
+    result = Run("fig1_phase_transition.py", "--scale", "cpu", "--jobs", "1", "--data-dir",
+                 str(tmp_path / "none"), "--out", str(tmp_path / "out")).wait()
     assert result.returncode == 2 and "Traceback" not in result.stderr
     error = result.stderr.strip().splitlines()[-1]
     assert error.startswith("error: ") and "cifar10.npz" in error and "--scale demo" in error
@@ -1732,14 +1620,8 @@ def arguments_of(script, tmp_path):
     figure = importlib.import_module(script)
     for name, value in TINY[script].items():
         setattr(figure, name, {"demo": value})
-    args = argparse.Namespace(
-        figure=script,
-        scale="demo",
-        dataset="synthetic",
-        data_dir=tmp_path,
-        out=tmp_path,
-        device=torch.device("cpu"),
-    )
+    args = argparse.Namespace(figure=script, scale="demo", dataset="synthetic", data_dir=tmp_path,
+                              out=tmp_path, device=torch.device("cpu"))
     return figure, args
 
 
@@ -1750,33 +1632,19 @@ def spy(monkeypatch, figure, name, record, result=None):
     def recorded(*arguments, **keywords):
         record.append(arguments)
         return original(*arguments, **keywords) if result is None else result
-
     monkeypatch.setattr(figure, name, recorded)
 
 
-@pytest.mark.parametrize(
-    "script, cell, agree",
-    [
-        ("fig1_phase_transition", {"labels": "random", "n": 200, "beta": 0.1}, (0.02, 0.2)),
-        ("fig1_phase_transition", {"labels": "real", "n": 200, "beta": 0.1}, (1, 1)),
-        (
-            "fig2_corrupted_labels",
-            {"panel": "models", "model": "ResNet", "n": 200, "beta": 0.1},
-            (0.02, 0.2),
-        ),
-        (
-            "fig2_corrupted_labels",
-            {"panel": "corruption", "corruption": 0.0, "n": 200, "beta": 0.1},
-            (1, 1),
-        ),
-        (
-            "fig2_corrupted_labels",
-            {"panel": "corruption", "corruption": 0.5, "n": 200, "beta": 0.1},
-            (0.45, 0.65),
-        ),
-        ("fig3_width_beta", {"panel": "beta", "width": 1 / 32, "beta": 0.1}, (1, 1)),
-    ],
-)
+@pytest.mark.parametrize("script, cell, agree", [
+    ("fig1_phase_transition", {"labels": "random", "n": 200, "beta": 0.1}, (0.02, 0.2)),
+    ("fig1_phase_transition", {"labels": "real", "n": 200, "beta": 0.1}, (1, 1)),
+    ("fig2_corrupted_labels", {"panel": "models", "model": "ResNet", "n": 200, "beta": 0.1},
+     (0.02, 0.2)),
+    ("fig2_corrupted_labels", {"panel": "corruption", "corruption": 0.0, "n": 200, "beta": 0.1},
+     (1, 1)),
+    ("fig2_corrupted_labels", {"panel": "corruption", "corruption": 0.5, "n": 200, "beta": 0.1},
+     (0.45, 0.65)),
+    ("fig3_width_beta", {"panel": "beta", "width": 1 / 32, "beta": 0.1}, (1, 1))])
 def test_what_the_nets_are_trained_and_measured_on(monkeypatch, tmp_path, script, cell, agree):
     figure, args = arguments_of(script, tmp_path)
     monkeypatch.setattr(figure, "make_cells", lambda scale: [{"n": 200}])
@@ -1820,9 +1688,8 @@ class Oracle(nn.Module):
         return 20.0 * F.one_hot(label if right else (label + 1) % 10, 10).float()
 
 
-@pytest.mark.parametrize(
-    "script", ["fig1_phase_transition", "fig2_corrupted_labels", "fig3_width_beta"]
-)
+@pytest.mark.parametrize("script", ["fig1_phase_transition", "fig2_corrupted_labels",
+                                    "fig3_width_beta"])
 def test_measures_of_nets_whose_answers_are_known(script):
     figure = importlib.import_module(script)
     y = torch.arange(200) % 10
@@ -1848,37 +1715,19 @@ def test_measures_of_nets_whose_answers_are_known(script):
 
 def fig1_row(n, beta, ce, nats, seed=0, labels="random", **more):
     acc = 0.95 if ce < 2 else 0.1
-    return (
-        dict(
-            status="ok",
-            seed=seed,
-            labels=labels,
-            n=n,
-            beta=beta,
-            steps=5,
-            train_acc=acc,
-            train_acc_batch=acc,
-            test_acc=0.5 - abs(math.log(beta)) / 10,
-            information=nats * n,
-            test_acc_sampled=acc - 0.05,
-            cross_entropy_batch=ce,
-            objective=ce + beta * nats,
-        )
-        | more
-    )
+    return dict(status="ok", seed=seed, labels=labels, n=n, beta=beta, steps=5, train_acc=acc,
+                train_acc_batch=acc, test_acc=0.5 - abs(math.log(beta)) / 10, information=nats * n,
+                test_acc_sampled=acc - 0.05, cross_entropy_batch=ce, objective=ce + beta * nats,
+                ) | more
 
 
 def fig1_verdicts(change=lambda row: row):
     import fig1_phase_transition as fig1
-
     grid = dict(sizes=(100, 1000), random=(0.1, 0.4, 0.7, 1.2), real=(0.1, 0.7, 1.2))
     state = {0.1: (0.05, 2.6), 0.4: (0.05, 2.6), 0.7: (0.05, 2.6), 1.2: (2.31, 0.0)}
     rows = [fig1_row(n, beta, *state[beta]) for n in grid["sizes"] for beta in grid["random"]]
-    rows += [
-        fig1_row(n, beta, 0.3, (1.0 if n == 100 else 0.2), labels="real")
-        for n in grid["sizes"]
-        for beta in grid["real"]
-    ]
+    rows += [fig1_row(n, beta, 0.3, (1.0 if n == 100 else 0.2), labels="real")
+             for n in grid["sizes"] for beta in grid["real"]]
     ok = fig1.add_derived([change(row) for row in rows])
     random, real = (common.complete_seeds(ok, cells) for cells in fig1.main_cells(grid))
     table = fig1.claims(random, real, ok, grid)
@@ -1894,32 +1743,27 @@ def test_fig1_claims_can_hold_and_fail_and_stay_undecided():
         return fig1_verdicts(lambda row: row | (values if where.items() <= row.items() else {}))
 
     for part, changed in (
-        ("at least 85%", when(beta=0.1, train_acc_batch=0.84, labels="random")),
-        ("between 0.7 and 1", when(n=100, labels="random", information=350.0)),
-        ("memory pays", when(n=100, labels="random", information=350.0)),
-        ("converged", when(beta=0.4, labels="random", objective=1.2)),
-        ("r ≤ 1", when(n=100, beta=0.1, information=200.0, labels="random")),
-        ("linearly", when(n=1000, beta=0.1, information=6000.0, labels="random")),
-        ("saturates", when(n=1000, beta=0.1, information=1000.0, labels="real")),
-        ("is best at", when(beta=0.1, test_acc=0.9, labels="real")),
-        ("random labels are not learned", when(beta=1.2, train_acc=0.3, labels="random")),
-        ("real labels are learned", when(beta=1.2, train_acc=0.15, labels="real")),
-        ("overfitted", when(beta=1.2, test_acc_sampled=0.8, labels="real")),
-    ):
+            ("at least 85%", when(beta=0.1, train_acc_batch=0.84, labels="random")),
+            ("between 0.7 and 1", when(n=100, labels="random", information=350.0)),
+            ("falls through 55%", when(beta=1.2, train_acc_batch=0.9, labels="random")),
+            ("memory pays", when(n=100, labels="random", information=350.0)),
+            ("converged", when(beta=0.4, labels="random", objective=1.2)),
+            ("r ≤ 1", when(n=100, beta=0.1, information=200.0, labels="random")),
+            ("linearly", when(n=1000, beta=0.1, information=6000.0, labels="random")),
+            ("saturates", when(n=1000, beta=0.1, information=1000.0, labels="real")),
+            ("is best at", when(beta=0.1, test_acc=0.9, labels="real")),
+            ("random labels are not learned", when(beta=1.2, train_acc=0.3, labels="random")),
+            ("real labels are learned", when(beta=1.2, train_acc=0.15, labels="real")),
+            ("overfitted", when(beta=1.2, test_acc_sampled=0.8, labels="real"))):
         failed = [sentence for sentence, holds in changed.items() if holds == "NO"]
         assert any(part in sentence for sentence in failed), part
-    only_real = fig1_verdicts(
-        lambda row: (
-            row
-            | ({"status": "diverged"} if row["labels"] == "random" and row["beta"] == 0.4 else {})
-        )
-    )
+    only_real = fig1_verdicts(lambda row: row | (
+        {"status": "diverged"} if row["labels"] == "random" and row["beta"] == 0.4 else {}))
     assert len(only_real) == 2
 
 
 def test_fig1_beta_passes_its_peak():
     import fig1_phase_transition as fig1
-
     assert fig1.beta_at(0, 0.1, 0.5) == 0 and fig1.beta_at(0.2, 0.1, 0.5) == pytest.approx(0.25)
     assert fig1.beta_at(0.45, 0.1, 0.5) == 0.5 and fig1.beta_at(0.6, 0.1, 0.5) == pytest.approx(0.3)
     for t in (0.7, 0.85, 1):
@@ -1929,7 +1773,6 @@ def test_fig1_beta_passes_its_peak():
 
 def test_fig1_counts_every_parameter():
     import fig1_phase_transition as fig1
-
     model = fig1.small_alexnet(1 / 16)
     noisy = sum(m.weight.numel() for m in model.modules() if hasattr(m, "log_sigma2"))
     assert sum(p.numel() for p in model.parameters()) == 2 * noisy
@@ -1942,7 +1785,6 @@ def test_fig1_counts_every_parameter():
 def test_all_cnn_has_the_parameter_counts_of_the_paper(width, count):
     import fig2_corrupted_labels as fig2
     import fig3_width_beta as fig3
-
     for model in (fig3.all_cnn(width), fig2.all_cnn(width)):
         assert sum(p.numel() for p in model.parameters()) == count
     assert fig3.all_cnn(1 / 16)(torch.randn(2, 3, 32, 32)).shape == (2, 10)
@@ -1951,7 +1793,6 @@ def test_all_cnn_has_the_parameter_counts_of_the_paper(width, count):
 @pytest.mark.parametrize("model", ["Small AlexNet", "All-CNN", "ResNet"])
 def test_fig2_networks_have_the_shapes_they_claim(model):
     import fig2_corrupted_labels as fig2
-
     net = fig2.MODELS[model](1 / 8, 2)
     assert net(torch.randn(2, 3, 28, 28)).shape == (2, 10)
     if model == "ResNet":
@@ -1961,85 +1802,50 @@ def test_fig2_networks_have_the_shapes_they_claim(model):
 
 def fig2_verdicts(change=lambda row: row, scale="demo"):
     import fig2_corrupted_labels as fig2
-
     rows = []
     for cell in fig2.make_cells(scale):
         error = 0.0 if cell["beta"] < 0.05 else (0.5 if cell["beta"] < 1 else 0.9)
         nats = 1 + 3 * cell.get("corruption", 0) * cell["n"] ** 0.1 / cell["n"] ** 0.1
         if cell["panel"] == "corruption":
             error = 0.05
-        rows.append(
-            change(
-                cell | dict(status="ok", seed=0, train_acc=1 - error, information=nats * cell["n"])
-            )
-        )
+        rows.append(change(cell | dict(status="ok", seed=0, train_acc=1 - error,
+                                       information=nats * cell["n"])))
     return {row["claim"]: row["holds"] for row in fig2.claims(fig2.add_derived(rows), scale)}
 
 
 def test_fig2_claims_can_hold_and_fail_and_stay_undecided(monkeypatch):
     import fig2_corrupted_labels as fig2
-
-    monkeypatch.setattr(
-        fig2,
-        "GRID",
-        {
-            "demo": dict(
-                n_models=100,
-                betas=(0.01, 0.1, 10.0),
-                n=1000,
-                beta=0.1,
-                corruptions=(0.0, 0.5, 1.0),
-                elsewhere=(),
-            )
-        },
-    )
+    monkeypatch.setattr(fig2, "GRID", {"demo": dict(
+        n_models=100, betas=(0.01, 0.1, 10.0), n=1000, beta=0.1, corruptions=(0.0, 0.5, 1.0),
+        elsewhere=())})
     verdicts = fig2_verdicts()
     assert len(verdicts) == 9 and set(verdicts.values()) == {"yes"}
     for part, change in (
-        ("goes from", lambda row: row | ({"train_acc": 0.5} if row["beta"] == 0.01 else {})),
-        ("passes 55%", lambda row: row | ({"train_acc": 0.95} if row["beta"] == 0.1 else {})),
-        ("over 85%", lambda row: row | ({"train_acc": 0.8} if "corruption" in row else {})),
-        (
-            "1.9 to 3.5",
-            lambda row: row | ({"information": 1500.0} if row.get("corruption") == 1 else {}),
-        ),
-        (
-            "every step",
-            lambda row: row | ({"information": 900.0} if row.get("corruption") == 0.5 else {}),
-        ),
-    ):
-        assert any(
-            part in sentence and holds == "NO" for sentence, holds in fig2_verdicts(change).items()
-        ), part
+            ("goes from", lambda row: row | ({"train_acc": 0.5} if row["beta"] == 0.01 else {})),
+            ("passes 55%", lambda row: row | ({"train_acc": 0.95} if row["beta"] == 0.1 else {})),
+            ("over 85%", lambda row: row | ({"train_acc": 0.8} if "corruption" in row else {})),
+            ("1.9 to 3.5", lambda row: row | ({"information": 1500.0} if row.get("corruption") == 1
+                                              else {})),
+            ("every step", lambda row: row | ({"information": 900.0} if row.get("corruption") == 0.5
+                                              else {}))):
+        assert any(part in sentence and holds == "NO"
+                   for sentence, holds in fig2_verdicts(change).items()), part
     assert fig2_verdicts(lambda row: row | {"status": "diverged"}) == {}
 
 
 def fig3_verdicts(errors, by_width=None):
     import fig3_width_beta as fig3
-
     cells = sum(fig3.make_cells("demo"), [])
-    rows = [
-        cell
-        | dict(
-            status="ok",
-            seed=0,
-            n=10,
-            information=1.0,
-            test_acc_sampled=0.5,
-            test_acc=1
-            - (errors[cell["beta"]] if "beta" in cell else by_width[cell["width"]]) / 100,
-        )
-        for cell in cells
-    ]
+    rows = [cell | dict(status="ok", seed=0, n=10, information=1.0, test_acc_sampled=0.5,
+                        test_acc=1 - (errors[cell["beta"]] if "beta" in cell else
+                                      by_width[cell["width"]]) / 100) for cell in cells]
     return [row["holds"] for row in fig3.claims(fig3.add_derived(rows), "demo")]
 
 
 def test_fig3_claims_can_hold_and_fail(monkeypatch):
     import fig3_width_beta as fig3
-
-    monkeypatch.setattr(
-        fig3, "GRID", {"demo": dict(widths=(1, 2, 4), beta_width=1, betas=(0.01, 0.1, 1.0))}
-    )
+    monkeypatch.setattr(fig3, "GRID", {"demo": dict(widths=(1, 2, 4), beta_width=1,
+                                                    betas=(0.01, 0.1, 1.0))})
     falling, plateau = {1: 30, 2: 20, 4: 10}, {1: 30, 2: 20, 4: 21}
     u, flat = {0.01: 31, 0.1: 30, 1.0: 33}, {0.01: 30.2, 0.1: 30, 1.0: 31}
     assert fig3_verdicts(u, falling) == ["yes"] * 4  # the plateau is not decided
@@ -2051,22 +1857,12 @@ def test_fig3_claims_can_hold_and_fail(monkeypatch):
 
 def fig4_row(beta, **changes):
     nats = {0.001: 3.0, 0.1: 2.0, 1.0: 1.0}[beta]
-    return dict(
-        status="ok",
-        seed=0,
-        beta=beta,
-        i_zn=nats,
-        i_zn_dv=nats,
-        i_zn_nce=nats,
-        i_zy=2.2,
-        bound=100.0,
-        total_correlation=nats,
-    ) | changes.get(beta, {})
+    return dict(status="ok", seed=0, beta=beta, i_zn=nats, i_zn_dv=nats, i_zn_nce=nats, i_zy=2.2,
+                bound=100.0, total_correlation=nats) | changes.get(beta, {})
 
 
 def test_fig4_claims_can_hold_and_fail(monkeypatch):
     import fig4_cluttered_mnist as fig4
-
     monkeypatch.setattr(fig4, "GRID", {"cpu": (0.001, 0.1, 1.0)})
 
     def verdicts(**changes):
@@ -2106,7 +1902,6 @@ def test_fig4_masks_noise_and_clutter(monkeypatch, tmp_path):
 
 def test_fig4_bounds_a_layer_by_the_capacity_of_its_gaussian_units():
     import fig4_cluttered_mnist as fig4
-
     features = fig4.all_cnn(1 / 32)[0]
     for layer in features:
         if isinstance(layer, StochasticConv2d):
@@ -2139,7 +1934,6 @@ def test_fig5_parts_do_not_overlap_and_test_faces_are_not_trained_on(monkeypatch
 
 def test_fig5_probe_reads_what_is_there_and_nothing_else():
     import fig5_celeba_vae as fig5
-
     factor = torch.randint(3, (900,))
     z = torch.randn(900, 4, 2, 2)
     assert abs(fig5.probe(z, factor)) < 0.1
@@ -2149,28 +1943,14 @@ def test_fig5_probe_reads_what_is_there_and_nothing_else():
 
 def test_fig5_claims_can_hold_and_fail(monkeypatch):
     import fig5_celeba_vae as fig5
-
     monkeypatch.setattr(fig5, "GRID", {"cpu": (0.0, 0.1, 0.7)})
     args = argparse.Namespace(scale="cpu", dataset="celeba")
 
     def verdicts(outside=2.0, inside=1.5, agreement=0.9):
-        rows = [
-            dict(
-                status="ok",
-                seed=0,
-                beta=0.1,
-                background_mse=1.0,
-                inside_mse=1.0,
-                attribute_agreement=0.9,
-                majority_acc=0.8,
-            )
-        ]
-        rows.append(
-            rows[0]
-            | dict(
-                beta=0.7, background_mse=outside, inside_mse=inside, attribute_agreement=agreement
-            )
-        )
+        rows = [dict(status="ok", seed=0, beta=0.1, background_mse=1.0, inside_mse=1.0,
+                     attribute_agreement=0.9, majority_acc=0.8)]
+        rows.append(rows[0] | dict(beta=0.7, background_mse=outside, inside_mse=inside,
+                                   attribute_agreement=agreement))
         return [row["holds"] for row in fig5.claims(rows, args)]
 
     assert verdicts() == ["yes"] * 4
