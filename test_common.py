@@ -1745,7 +1745,8 @@ def test_fig1_claims_can_hold_and_fail_and_stay_undecided():
     for part, changed in (
             ("at least 85%", when(beta=0.1, train_acc_batch=0.84, labels="random")),
             ("between 0.7 and 1", when(n=100, labels="random", information=350.0)),
-            ("falls through 55%", when(beta=1.2, train_acc_batch=0.9, labels="random")),
+            ("falls through 55%", when(beta=1.2, train_acc_batch=0.9, information=300.0,
+                                        labels="random")),
             ("memory pays", when(n=100, labels="random", information=350.0)),
             ("converged", when(beta=0.4, labels="random", objective=1.2)),
             ("r ≤ 1", when(n=100, beta=0.1, information=200.0, labels="random")),
