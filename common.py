@@ -341,7 +341,7 @@ def ib_loss(logits, target, model, beta, n):
         raise ValueError(f"beta={beta} must be >= 0 and n={n}, the number of samples, >= 1")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if target.shape == logits.shape:
-        nats = F.binary_cross_entropy_with_logits(logits, target.to(logits), reduction="sum")
+        nats = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="sum")
         cross_entropy = nats / len(logits)
     else:
         cross_entropy = F.cross_entropy(logits, target)

@@ -50,8 +50,8 @@ axis = (torch.arange(64) + 0.5) / 32 - 1
 BACKGROUND = torch.hypot(axis / FACE_ELLIPSE[0], axis[:, None] / FACE_ELLIPSE[1]) > 1  # (64, 64)
 
 
-def load_data(args):
-    return load_faces(args.scale, args.dataset, args.data_dir, args.device)
+def load_data(args, device=torch.device("cpu")):
+    return load_faces(args.scale, args.dataset, args.data_dir, device)
 
 
 @functools.lru_cache(maxsize=1)
@@ -189,8 +189,8 @@ def train_cell(cell, device, args, progress):
     """Train the classifier, draw z, train the VAE, and measure both on held-out faces."""
     s, beta, seed = SETTINGS[args.scale], cell["beta"], cell["seed"]
     evaluator = evaluation_classifier(seed, args.scale, args.dataset, args.data_dir, device)
-    torch.manual_seed(seed)  # only now: the above is cached
-    images, labels, factors, parts = load_data(args)
+    torch.manual_seed(seed)  # the above is cached
+    images, labels, factors, parts = load_data(args, device)
     rows, train, test = parts["classifier"], parts["train"], parts["test"][:s["test"]]
 
     classifier = train_classifier(images, labels, rows, beta, s["classifier_steps"], s, progress)
@@ -211,7 +211,7 @@ def train_cell(cell, device, args, progress):
     x, y = take(images, test, torch.arange(len(test), device=device)), labels[test]
     measured, shown = measure(vae, evaluator, x, z_test, y, s)
     name = f"{args.figure}-{args.scale}-{args.dataset}-beta{beta:g}-seed{seed}-faces.png"
-    save_image(shown, args.out / name, nrow=3, normalize=True, value_range=(-1, 1))
+    save_image(shown.cpu(), args.out / name, nrow=3, normalize=True, value_range=(-1, 1))
     for kind, names in PROBED.items() if factors else ():
         measured[kind] = np.mean([probe(z_test, factors[k].to(device)[test]) for k in names])
     frequency = labels[rows].float().mean(0)
@@ -250,7 +250,8 @@ def probe(z, factor):
     z = z.flatten(1).double()
     z = F.pad((z - z.mean(0)) / (z.std(0) + 1e-6), (0, 1), value=1.0)
     target = F.one_hot(factor).double()
-    gram = z.T @ z + 0.1 * len(z) * torch.eye(z.shape[1]).to(z)
+    gram = z.T @ z
+    gram.diagonal().add_(0.1 * len(z))
     hat = z @ torch.linalg.solve(gram, z.T)
     left_out = target - (target - hat @ target) / (1 - hat.diagonal()[:, None])
     chance = target.mean(0).max().item()
