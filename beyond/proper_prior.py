@@ -3,11 +3,11 @@
     python -m beyond.proper_prior --scale demo     # synthetic images, under a minute on 2 cores
     python -m beyond.proper_prior --scale cpu      # CIFAR-10, half an hour on 2 cores
 
-Fig. 1 counts label nats per nat in the weights, r, with an improper prior, whose constant is a choice.
-Here the same nets are trained with a proper Gaussian prior around their initialisation, of one
-variance per layer, the choice of which is paid for: cross-entropy + beta/N * KL(q || p). At beta = 1
-that is the length of a code, and r <= 1 is Kraft's inequality (Hinton & van Camp 1993; Blier &
-Ollivier 2018). beta is raised from 0 without Fig. 1's detour, at which these nets forget.
+Fig. 1 counts label nats per nat in the weights, r, with an improper prior, whose constant is a
+choice. Here the same nets are trained with a proper Gaussian prior around their initialisation, of
+one variance per layer, the choice of which is paid for: cross-entropy + beta/N * KL(q || p). At
+beta = 1 that is the length of a code, and r <= 1 is Kraft's inequality (Hinton & van Camp 1993;
+Blier & Ollivier 2018). beta is raised from 0 without Fig. 1's detour, at which these nets forget.
 """
 import matplotlib.pyplot as plt
 
