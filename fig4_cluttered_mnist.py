@@ -7,9 +7,9 @@
 An All-CNN reads digits under clutter, ten white 4x4 squares at random positions, new ones for every
 batch, with L = cross-entropy + beta/N * I(w;D). The representation z is its last convolutional map,
 the nuisance n the mask of the squares. The paper: I(z;n) falls from 9.7 to 3.1 nats as beta
-grows from 0.001 to 3, below the bound of Cor. 5.3; I(z;y) stays at 2.2. Measured at 1/8 width over these
-beta: I(z;n) falls from 2.7 to 0.6 nats, I(z;y) from 2.2 to 2.1. The last panel is what the paper
-bounds together with I(x;z) and does not plot: the total correlation TC(z).
+grows from 0.001 to 3, below the bound of Cor. 5.3; I(z;y) stays at 2.2. Measured at 1/8 width over
+these beta: I(z;n) falls from 2.7 to 0.6 nats, I(z;y) from 2.2 to 2.1. The last panel is what the
+paper bounds together with I(x;z) and does not plot: the total correlation TC(z).
 
 All layers but the first and the last are stochastic. In training a batch shares one weight sample.
 When z is drawn from p(z|x), every example and position has noise of its own, as Cor. 5.3 counts it.
