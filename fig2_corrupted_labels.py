@@ -17,13 +17,11 @@ normalisation are not counted. The nets stop short of their minimum: compare Fig
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from common import (accuracy, bn_recalibrated, claim, complete_seeds, corrupt_labels, crossing,
-                    draw_subset, fmt, ib_loss, load_images, lr_factor, minibatches, new_figure,
-                    normalise, ok_rows, param_groups, parse_args, per_seed, plot_points, predict,
-                    run_grid, save_figure, save_tables, summarise, to_stochastic,
-                    weight_information)
+from common import (claim, complete_seeds, corrupt_labels, crossing, draw_subset, evaluate, fmt,
+                    ib_loss, load_images, lr_factor, minibatches, new_figure, normalise, ok_rows,
+                    param_groups, parse_args, per_seed, plot_points, run_grid, save_figure,
+                    save_tables, summarise, to_stochastic, weight_information)
 
 # What a cell is trained and measured with, stored in its row.
 RATES = dict(lr=0.003, lr_noise=0.04)
@@ -148,28 +146,17 @@ def train_cell(cell, device, args, progress):
     return measure(model, cell["beta"], x, y, x_test, y_test)
 
 
-@torch.no_grad()
 def measure(model, beta, x, y, x_test, y_test):
-    """What a row holds. Sampled weights: over at least 2,000 images."""
-    passes = max(1, 2000 // len(x))
-    with bn_recalibrated(model, x.split(100) * passes, draw=True):
-        logits = torch.cat([predict(model, x) for _ in range(passes)])
-        test_sampled = accuracy(predict(model, x_test), y_test)
-    with bn_recalibrated(model, x.split(100), draw=False):
-        train_mean = accuracy(predict(model, x), y)
-        test_mean = accuracy(predict(model, x_test), y_test)
-    labels = y.repeat(passes)
-    cross_entropy = F.cross_entropy(logits, labels).item()
-    information, by_layer = weight_information(model).item(), {}
+    """What a row holds."""
+    measured, by_layer = evaluate(model, x, y, x_test, y_test), {}
+    information = weight_information(model).item()
     for m in model.modules():
         if hasattr(m, "information"):
             name = f"{'conv' if isinstance(m, nn.Conv2d) else 'fc'}{len(by_layer) + 1}"
             by_layer[name] = m.information().item()
-    return {"objective": cross_entropy + beta * information / len(x),
-            "train_acc": accuracy(logits, labels), "train_acc_mean": train_mean,
-            "test_acc": test_mean, "test_acc_sampled": test_sampled,
-            "cross_entropy": cross_entropy, "information": information,
-            "information_by_layer": by_layer}
+    objective = measured["cross_entropy"] + beta * information / len(x)
+    return measured | {"objective": objective, "information": information,
+                       "information_by_layer": by_layer}
 
 
 # The paper's Fig. 2, digitised: train error in % at BETAS; nats per sample, up to a constant.

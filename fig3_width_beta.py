@@ -173,8 +173,8 @@ def beta_claims(errors):
     low, best, high = min(means), min(means, key=means.get), max(means)
     for end, name, points, paper in ((low, "left", 0.5, 9.16), (high, "right", 2.0, 9.64)):
         table.append(claim(
-            f"β, mean weights: the {name} end is worse than the best by over {points:g} points and "
-            "the seeds' spread", f"best 8.06%, {name} end {paper:g}%",
+            f"β, mean weights: the {name} end is worse than the best by over {points:g} points "
+            "and the seeds' spread", f"best 8.06%, {name} end {paper:g}%",
             f"best {text[best]}; {text[end]}",
             means[end] - means[best] > max(points, spread[best], spread[end])))
     table.append(claim("β, mean weights: the best lies strictly inside the range (a U)",

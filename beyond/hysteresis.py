@@ -21,11 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (accuracy, claim, complete_seeds, corrupt_labels, crossing, draw_subset, fmt,
+from common import (claim, complete_seeds, corrupt_labels, crossing, draw_subset, fmt,
                     load_images, lr_factor, minibatches, new_figure, normalise, ok_rows,
                     param_groups, parse_args, per_seed, plot_points, run_grid, save_figure,
                     save_tables, summarise, weight_information)
-from fig1_phase_transition import DATASETS, small_alexnet
+from fig1_phase_transition import DATASETS, measure_as_trained, small_alexnet
 
 # first: steps at the first beta of a branch. below: smaller betas, for the branch at chance only.
 BRANCH = dict(betas=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2),
@@ -50,17 +50,21 @@ def load_data(args):
     return load_images(dataset, args.data_dir, max(GRID[args.scale]["sizes"]), 10)
 
 
-def train_cell(cell, device, args, progress):
-    """One branch: train at one beta after the other. What is measured are lists over beta."""
-    s = SETTINGS[args.scale]
+def random_labels(cell, width, device, data):
+    """The cell's images with random labels, and a new net: x (n, c, 28, 28), y (n,), model."""
     torch.manual_seed(cell["seed"])
     generator = torch.Generator().manual_seed(cell["seed"])
-    x, y, _, _, mean, std = load_data(args)
+    x, y, _, _, mean, std = data
     x, y = draw_subset(x, y, cell["n"], generator)
     x = normalise(x, mean, std, size=28).to(device)
     y = corrupt_labels(y, 1.0, 10, generator).to(device)
-    model = small_alexnet(s["width"], x.shape[1]).to(device)
+    return x, y, small_alexnet(width, x.shape[1]).to(device)
 
+
+def train_cell(cell, device, args, progress):
+    """One branch: train at one beta after the other. What is measured are lists over beta."""
+    s = SETTINGS[args.scale]
+    x, y, model = random_labels(cell, s["width"], device, load_data(args))
     memorised = cell["start"] == "memorised"
     betas = s["betas"] if memorised else s["betas"][::-1] + s["below"]
     train(model, x, y, lambda t: betas[0] * (min(1, t / 0.4) if memorised else 1), s["first"], s,
@@ -94,19 +98,10 @@ def train(model, x, y, beta_at, steps, s, progress):
             progress(step, steps, loss.item())
 
 
-@torch.no_grad()
 def measure(model, batch, x, y):
     """Accuracy and cross-entropy on the train set as in training; nats of I(w;D) per sample."""
-    n, batch, cross_entropy, right = len(x), min(batch, len(x)), [], []
-    model.train()
-    for _ in range(max(1, 4000 // n)):
-        for index in torch.randperm(n, device=x.device)[:n - n % batch].split(batch):
-            logits = model(x[index])
-            cross_entropy.append(F.cross_entropy(logits, y[index]).item())
-            right.append(accuracy(logits, y[index]))
-    return {"train_acc_batch": float(np.mean(right)),
-            "cross_entropy_batch": float(np.mean(cross_entropy)),
-            "nats": weight_information(model).item() / n}
+    nats = weight_information(model).item() / len(x)
+    return measure_as_trained(model, batch, x, y) | {"nats": nats}
 
 
 def by_beta(rows):
@@ -139,21 +134,28 @@ def make_cells(grid, **where):
     return [cell for cell in cells if where.items() <= cell.items()]
 
 
+def all_edges(rows, grid):
+    """{(N, steps per beta): edges of each complete seed (seeds, 3)}."""
+    found = {(n, steps): complete_seeds(rows, make_cells(grid, n=n, steps=steps))
+             for n in grid["sizes"] for steps in grid["steps"]}
+    return {key: per_seed(edges, rows) for key, rows in found.items() if rows}
+
+
 def claims(rows, grid):
     """The claims table; rows of all cells."""
-    table = []
+    table, found = [], all_edges(rows, grid)
     for n in grid["sizes"]:
         for steps in grid["steps"]:
-            found = complete_seeds(rows, make_cells(grid, n=n, steps=steps))
-            if found:
-                values = per_seed(edges, found)
+            if (n, steps) in found:
+                values = found[n, steps]
                 ours = " < ".join(fmt(column, "{:.2g}") for column in values.T)
                 table.append(claim(
-                    f"N = {n:,}, {steps:,} steps per β: β_down < β_equal < β_up < 1.05", "–", ours,
+                    f"N = {n:,}, {steps:,} steps per β: β_down < β_equal < β_up < 1.05", "–",
+                    ours,
                     (np.diff(values) > 0).all() and values[:, 2].max() < 1.05))
-        found = complete_seeds(rows, make_cells(grid, n=n))
-        if found:
-            down = [per_seed(lambda rows: edges(rows)[0], ok_rows(found, steps=steps))
+        both = complete_seeds(rows, make_cells(grid, n=n))
+        if both:
+            down = [per_seed(lambda rows: edges(rows)[0], ok_rows(both, steps=steps))
                     for steps in grid["steps"]]
             table.append(claim(
                 f"N = {n:,}: β_down rises with the steps per β", "–",
@@ -164,16 +166,10 @@ def claims(rows, grid):
 
 def measured(rows, grid):
     """The edges for each N and steps per beta, over the seeds that have both branches."""
-    table = []
-    for n in grid["sizes"]:
-        for steps in grid["steps"]:
-            found = complete_seeds(rows, make_cells(grid, n=n, steps=steps))
-            if found:
-                values = per_seed(edges, found)
-                names = ("β_down", "β_equal", "β_up")
-                table.append({"N": n, "steps per β": steps, "seeds": len(values)} | {
-                    name: fmt(column, "{:.3g}") for name, column in zip(names, values.T)})
-    return table
+    names = "β_down", "β_equal", "β_up"
+    return [{"N": n, "steps per β": steps, "seeds": len(values)}
+            | {name: fmt(column, "{:.3g}") for name, column in zip(names, values.T)}
+            for (n, steps), values in all_edges(rows, grid).items()]
 
 
 def plot(rows, grid, args):

@@ -14,13 +14,12 @@ beta is raised from 0 without the detour over larger beta, on which these nets f
 import math
 
 import numpy as np
-import torch
 
-from beyond.hysteresis import measure, train
-from common import (claim, complete_seeds, corrupt_labels, crossing, draw_subset, fmt,
-                    load_images, new_figure, normalise, ok_rows, parse_args, per_seed,
-                    plot_points, run_grid, save_figure, save_tables, summarise)
-from fig1_phase_transition import DATASETS, small_alexnet
+from beyond.hysteresis import measure, random_labels, train
+from common import (claim, complete_seeds, crossing, fmt, load_images, new_figure, ok_rows,
+                    parse_args, per_seed, plot_points, run_grid, save_figure, save_tables,
+                    summarise)
+from fig1_phase_transition import DATASETS
 
 SETTINGS = {
     "demo": dict(width=1 / 8, batch=50, lr=0.012, lr_noise=0.16, hold=0.6, steps=600),
@@ -44,13 +43,7 @@ def load_data(args):
 def train_cell(cell, device, args, progress):
     """Train one net with log-normal noise on random labels and measure it as in training."""
     s, beta = SETTINGS[args.scale], cell["beta"]
-    torch.manual_seed(cell["seed"])
-    generator = torch.Generator().manual_seed(cell["seed"])
-    x, y, _, _, mean, std = load_data(args)
-    x, y = draw_subset(x, y, cell["n"], generator)
-    x = normalise(x, mean, std, size=28).to(device)
-    y = corrupt_labels(y, 1.0, 10, generator).to(device)
-    model = small_alexnet(s["width"], x.shape[1]).to(device)
+    x, y, model = random_labels(cell, s["width"], device, load_data(args))
     for layer in model.modules():
         if hasattr(layer, "log_sigma2"):
             layer.noise, layer.max_log_alpha = "lognormal", cell["cap"]
@@ -79,8 +72,8 @@ def claims(rows, grid):
 
     low, *rest = grid["caps"]
     return [
-        claim("the higher the cap on log α, the smaller the β of the transition", "–", ours(beta),
-              (np.diff([values.mean() for values in beta.values()]) < 0).all()),
+        claim("the higher the cap on log α, the smaller the β of the transition", "–",
+              ours(beta), (np.diff([values.mean() for values in beta.values()]) < 0).all()),
         claim(f"cap {low:g} counts too little: some net has memorised over 0.1 nats per sample "
               "more than are counted (shown: largest excess)", "–", ours({low: most[low]}),
               most[low].mean() > 0.1),

@@ -15,7 +15,7 @@ import fig1_phase_transition as fig1
 from common import (claim, complete_seeds, fmt, new_figure, parse_args, plot_points,
                     prior_divergence, run_grid, save_figure, save_tables, summarise)
 
-fig1.SETTINGS = SETTINGS = {scale: s | {"peak": 0.0} for scale, s in fig1.SETTINGS.items()}
+SETTINGS = {scale: s | {"peak": 0.0} for scale, s in fig1.SETTINGS.items()}
 GRID = {
     "demo": dict(sizes=(100,), betas=(0.03, 0.1)),
     "cpu": dict(sizes=(100, 300, 1000), betas=(0.02, 0.05, 0.1, 0.2)),
@@ -37,7 +37,8 @@ def around_start():
 
 
 def train_cell(cell, device, args, progress):
-    return fig1.train_cell(cell, device, args, progress, around_start())
+    peak = SETTINGS[args.scale]["peak"]
+    return fig1.train_cell(cell, device, args, progress, around_start(), peak=peak)
 
 
 def make_cells(scale):
