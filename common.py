@@ -305,6 +305,15 @@ def lr_factor(t, hold=0.8):
     return 0.5 + 0.5 * math.cos(math.pi * (t - hold) / round(1 - hold, 9))  # 0.2, not 0.19999…
 
 
+def beta_at(t, beta, peak):
+    """beta at fraction t of the steps: to max(beta, peak) over 40%, to beta from 50% to 70%.
+
+    A net that has been at a larger beta holds fewer nats afterwards.
+    """
+    top = max(beta, peak)
+    return top * min(1, t / 0.4) if t < 0.5 else top + (beta - top) * min(1, (t - 0.5) / 0.2)
+
+
 @torch.no_grad()
 def predict(model, x, batch=100):
     """model(x), in batches."""
@@ -333,6 +342,19 @@ def evaluate(model, x, y, x_test, y_test):
     return {"train_acc": accuracy(logits, labels), "train_acc_mean": train_mean,
             "test_acc": test_mean, "test_acc_sampled": test_sampled,
             "cross_entropy": F.cross_entropy(logits, labels).item()}
+
+
+@torch.no_grad()
+def evaluate_as_trained(model, batch, x, y):
+    """Accuracy and nats per sample with batch statistics and a new sample of weights per batch."""
+    n, batch, nats, right = len(x), min(batch, len(x)), [], []
+    model.train()
+    for _ in range(max(1, 4000 // n)):
+        for index in torch.randperm(n, device=x.device)[:n - n % batch].split(batch):
+            logits = model(x[index])
+            nats.append(F.cross_entropy(logits, y[index]).item())
+            right.append(accuracy(logits, y[index]))
+    return {"train_acc_batch": float(np.mean(right)), "cross_entropy_batch": float(np.mean(nats))}
 
 
 # === 2. Weight-IB loss ====================================

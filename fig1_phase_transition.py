@@ -26,11 +26,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.tri import Triangulation
 
-from common import (StochasticConv2d, StochasticLinear, accuracy, claim, complete_seeds,
-                    corrupt_labels, crossing, draw_subset, evaluate, fmt, load_images, lr_factor,
-                    minibatches, new_figure, normalise, ok_rows, param_groups, parse_args,
-                    per_seed, plot_points, run_grid, save_figure, save_tables, summarise,
-                    weight_information)
+from common import (StochasticConv2d, StochasticLinear, beta_at, claim, complete_seeds,
+                    corrupt_labels, crossing, draw_subset, evaluate, evaluate_as_trained, fmt,
+                    load_images, lr_factor, minibatches, new_figure, normalise, ok_rows,
+                    param_groups, parse_args, per_seed, plot_points, run_grid, save_figure,
+                    save_tables, summarise, weight_information)
 
 # What a cell is trained and measured with, stored in its row. It takes steps * max(1, N/300)^0.4.
 SHARED = dict(lr_noise=0.16, hold=0.6, peak=0.5)
@@ -91,15 +91,6 @@ def load_data(args):
     return load_images(dataset, args.data_dir, largest, s["test"])
 
 
-def beta_at(t, beta, peak):
-    """beta at fraction t of the steps: to max(beta, peak) over 40%, to beta from 50% to 70%.
-
-    A net that has been at a larger beta holds fewer nats afterwards.
-    """
-    top = max(beta, peak)
-    return top * min(1, t / 0.4) if t < 0.5 else top + (beta - top) * min(1, (t - 0.5) / 0.2)
-
-
 def train_cell(cell, device, args, progress, information=weight_information, **changed):
     """Train one net on random or real labels, and measure it. information: the penalty, in nats."""
     s, n, beta = SETTINGS[args.scale] | changed, cell["n"], cell["beta"]
@@ -129,29 +120,11 @@ def train_cell(cell, device, args, progress, information=weight_information, **c
         scheduler.step()
         if step % 100 == 0 or step == steps - 1:
             progress(step, steps, loss.item())
-    measured = measure(model, s["batch"], x, y, x_test, y_test)
+    measured = evaluate_as_trained(model, s["batch"], x, y)
+    measured |= evaluate(model, x, y, x_test, y_test)
     nats = information(model).item()
     objective = measured["cross_entropy_batch"] + beta * nats / n
     return {"steps": steps, "objective": objective, "information": nats} | measured
-
-
-@torch.no_grad()
-def measure_as_trained(model, batch, x, y):
-    """Accuracy and nats per sample with batch statistics and a new sample of weights per batch."""
-    n, batch, nats, right = len(x), min(batch, len(x)), [], []
-    model.train()
-    for _ in range(max(1, 4000 // n)):
-        for index in torch.randperm(n, device=x.device)[:n - n % batch].split(batch):
-            logits = model(x[index])
-            nats.append(F.cross_entropy(logits, y[index]).item())
-            right.append(accuracy(logits, y[index]))
-    return {"train_acc_batch": float(np.mean(right)), "cross_entropy_batch": float(np.mean(nats))}
-
-
-def measure(model, batch, x, y, x_test, y_test):
-    """Cross-entropies and accuracies, both as trained and with recalibrated batch norm."""
-    as_trained = measure_as_trained(model, batch, x, y)
-    return as_trained | evaluate(model, x, y, x_test, y_test)
 
 
 # The paper's Fig. 1, digitised: beta at which train accuracy on random labels falls through 55%.

@@ -32,6 +32,7 @@ from common import (
     StochasticLinear,
     add_clutter,
     alpha_from_information,
+    beta_at,
     bn_recalibrated,
     channel_statistics,
     corrupt_labels,
@@ -1514,9 +1515,10 @@ FIG1 = {"SETTINGS": dict(width=1 / 16, steps=5, batch=40, lr=0.01, lr_noise=0.1,
         "GRID": dict(sizes=(100, 200), random=(0.1, 0.5, 1.2), real=(0.1, 1.2), extra=[
             {"labels": "random", "n": 100, "beta": 0.5, "budget": 2, "seed": 0}])}
 FIG2 = {"SETTINGS": dict(widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "ResNet": 1 / 8},
-                         blocks=1, steps=3, batch=2000, lr=0.003, lr_noise=0.04, test=100),
-        "GRID": dict(n_models=100, betas=(0.01, 10.0), n=100, beta=0.1,
-                     corruptions=(0.0, 0.5, 1.0), elsewhere=((50, 0.1),))}
+                         blocks=1, steps=3, batch=2000, lr=0.003, lr_noise=0.04, hold=0.6,
+                         peak=0.5, test=100),
+        "GRID": dict(n_models=100, betas=(0.01, 10.0), n=100, beta=0.1, uniform=(0.0, 0.5, 1.0),
+                     pair=(0.45,), other_n=(50,))}
 FIG3 = {"SETTINGS": dict(n=20, test=20, batch=20, width_steps=6, beta_steps=6, lr_sgd=0.05,
                          weight_decay=0.001, lr=0.003, lr_noise=0.04),
         "GRID": dict(widths=(1 / 96, 1 / 32), beta_width=1 / 32, betas=(0.01, 1.0, 100.0))}
@@ -1532,8 +1534,8 @@ TINY = {"fig1_phase_transition": FIG1, "fig2_corrupted_labels": FIG2, "fig3_widt
 MEASURED = {
     "fig1_phase_transition": "objective train_acc train_acc_batch train_acc_mean test_acc "
                              "cross_entropy cross_entropy_batch information labels n beta",
-    "fig2_corrupted_labels": "objective train_acc train_acc_mean test_acc cross_entropy "
-                             "information panel n beta",
+    "fig2_corrupted_labels": "objective train_acc train_acc_batch train_acc_mean test_acc "
+                             "cross_entropy cross_entropy_batch information panel n beta",
     "fig3_width_beta": "params train_acc test_acc information panel width",
     "fig4_cluttered_mnist": "test_acc i_zn_nce i_zn_dv i_zy bound information total_correlation",
     "fig5_celeba_vae": "attribute_acc reconstruction_mse background_mse attribute_agreement "
@@ -1648,9 +1650,10 @@ def test_what_the_nets_are_trained_and_measured_on(monkeypatch, tmp_path, script
     figure, args = arguments_of(monkeypatch, script, tmp_path)
     monkeypatch.setattr(figure, "make_cells", lambda scale: [{"n": 200}])
     measured, drawn, losses = [], [], []
-    spy(monkeypatch, figure, "measure", measured, {"cross_entropy_batch": 0.0})
+    name = "measure" if script == "fig3_width_beta" else "evaluate"
+    spy(monkeypatch, figure, name, measured, {"cross_entropy_batch": 0.0})
     spy(monkeypatch, figure, "draw_subset", drawn)
-    if script != "fig1_phase_transition":
+    if script == "fig3_width_beta":
         spy(monkeypatch, figure, "ib_loss", losses)
     figure.train_cell(cell | {"seed": 3}, args.device, args, lambda *_: None)
     model, *_, x, y, x_test, y_test = measured[0]
@@ -1687,16 +1690,17 @@ class Oracle(nn.Module):
         return 20.0 * F.one_hot(label if right else (label + 1) % 10, 10).float()
 
 
-@pytest.mark.parametrize("script", ["fig1_phase_transition", "fig2_corrupted_labels",
-                                    "fig3_width_beta"])
+@pytest.mark.parametrize("script", ["common", "fig3_width_beta"])
 def test_measures_of_nets_whose_answers_are_known(script):
-    figure = importlib.import_module(script)
     y = torch.arange(200) % 10
     x = y.float().view(-1, 1, 1, 1).expand(-1, 1, 2, 2).clone()
 
     def measure(model):
-        second = 50 if script == "fig1_phase_transition" else 0.5
-        return figure.measure(model, second, x, y, x[:100], (y[:100] + (y[:100] >= 5)) % 10)
+        test = x[:100], (y[:100] + (y[:100] >= 5)) % 10
+        if script == "common":
+            as_trained = common.evaluate_as_trained(model, 50, x, y)
+            return as_trained | common.evaluate(model, x, y, *test)
+        return importlib.import_module(script).measure(model, 0.5, x, y, *test)
 
     for right in (True, False):
         row = measure(Oracle(right))
@@ -1705,7 +1709,7 @@ def test_measures_of_nets_whose_answers_are_known(script):
         assert row["cross_entropy"] == pytest.approx(0 if right else 20, abs=1e-4)
     row = measure(Oracle(True, sampled=True))  # right with noise, wrong without
     assert row["train_acc"] == 1 and row["train_acc_mean"] == 0
-    if script == "fig1_phase_transition":
+    if script == "common":
         assert row["train_acc_batch"] == 1 and row["cross_entropy_batch"] < 1e-4
     else:
         information = row["information"]
@@ -1762,13 +1766,12 @@ def test_fig1_claims_can_hold_and_fail_and_stay_undecided():
     assert len(only_real) == 2
 
 
-def test_fig1_beta_passes_its_peak():
-    import fig1_phase_transition as fig1
-    assert fig1.beta_at(0, 0.1, 0.5) == 0 and fig1.beta_at(0.2, 0.1, 0.5) == pytest.approx(0.25)
-    assert fig1.beta_at(0.45, 0.1, 0.5) == 0.5 and fig1.beta_at(0.6, 0.1, 0.5) == pytest.approx(0.3)
+def test_beta_passes_its_peak():
+    assert beta_at(0, 0.1, 0.5) == 0 and beta_at(0.2, 0.1, 0.5) == pytest.approx(0.25)
+    assert beta_at(0.45, 0.1, 0.5) == 0.5 and beta_at(0.6, 0.1, 0.5) == pytest.approx(0.3)
     for t in (0.7, 0.85, 1):
-        assert fig1.beta_at(t, 0.1, 0.5) == pytest.approx(0.1)
-    assert fig1.beta_at(0.4, 0.9, 0.5) == fig1.beta_at(1, 0.9, 0.5) == 0.9
+        assert beta_at(t, 0.1, 0.5) == pytest.approx(0.1)
+    assert beta_at(0.4, 0.9, 0.5) == beta_at(1, 0.9, 0.5) == 0.9
 
 
 def test_fig1_counts_every_parameter():
@@ -1800,36 +1803,53 @@ def test_fig2_networks_have_the_shapes_they_claim(model):
         assert len([m for m in convolutions if m.kernel_size == (3, 3)]) == 6 * 2 + 1
 
 
-def fig2_verdicts(change=lambda row: row, scale="demo"):
+def test_fig2_entropy_of_labels_is_that_of_corrupt_labels():
+    import fig2_corrupted_labels as fig2
+    labels = torch.zeros(200_000, dtype=torch.long)
+    for kind, fraction in (("uniform", 0.3), ("uniform", 1.0), ("pair", 0.45), ("pair", 1.0)):
+        noisy = corrupt_labels(labels, fraction, 10, torch.Generator().manual_seed(0), kind)
+        entropy = torch.distributions.Categorical(noisy.bincount(minlength=10)).entropy().item()
+        assert fig2.label_entropy(fraction, kind) == pytest.approx(entropy, abs=5e-3)
+
+
+def fig2_verdicts(change=lambda row: row, scale="cpu"):
     import fig2_corrupted_labels as fig2
     rows = []
     for cell in fig2.make_cells(scale):
-        error = 0.0 if cell["beta"] < 0.05 else (0.5 if cell["beta"] < 1 else 0.9)
-        nats = 1 + 3 * cell.get("corruption", 0) * cell["n"] ** 0.1 / cell["n"] ** 0.1
+        accuracy = 0.95 if cell["beta"] < 0.6 else 0.1
+        nats = 2 + 0.001 * cell["n"] / 3000
         if cell["panel"] == "corruption":
-            error = 0.05
-        rows.append(change(cell | dict(status="ok", seed=0, train_acc=1 - error,
-                                       information=nats * cell["n"])))
+            nats += fig2.label_entropy(cell["corruption"], cell["kind"]) * cell["n"] / 3000
+        rows.append(change(cell | dict(
+            status="ok", seed=0, train_acc_batch=accuracy, information=nats * cell["n"],
+            cross_entropy_batch=0.4 if accuracy > 0.5 else math.log(10))))
     return {row["claim"]: row["holds"] for row in fig2.claims(fig2.add_derived(rows), scale)}
 
 
-def test_fig2_claims_can_hold_and_fail_and_stay_undecided(monkeypatch):
-    import fig2_corrupted_labels as fig2
-    monkeypatch.setattr(fig2, "GRID", {"demo": dict(
-        n_models=100, betas=(0.01, 0.1, 10.0), n=1000, beta=0.1, corruptions=(0.0, 0.5, 1.0),
-        elsewhere=())})
+def test_fig2_claims_can_hold_and_fail_and_stay_undecided():
+    def cell(**where):  # a change of the rows that have these values
+        new = {key[4:]: where.pop(key) for key in list(where) if key.startswith("new_")}
+        return lambda row: row | (new if where.items() <= row.items() else {})
+
     verdicts = fig2_verdicts()
-    assert len(verdicts) == 9 and set(verdicts.values()) == {"yes"}
+    assert len(verdicts) == 13 and set(verdicts.values()) == {"yes"}
+    assert len(fig2_verdicts(scale="demo")) == 9
     for part, change in (
-            ("goes from", lambda row: row | ({"train_acc": 0.5} if row["beta"] == 0.01 else {})),
-            ("passes 55%", lambda row: row | ({"train_acc": 0.95} if row["beta"] == 0.1 else {})),
-            ("over 85%", lambda row: row | ({"train_acc": 0.8} if "corruption" in row else {})),
-            ("1.9 to 3.5", lambda row: row | ({"information": 1500.0} if row.get("corruption") == 1
-                                              else {})),
-            ("every step", lambda row: row | ({"information": 900.0} if row.get("corruption") == 0.5
-                                              else {}))):
-        assert any(part in sentence and holds == "NO"
-                   for sentence, holds in fig2_verdicts(change).items()), part
+            ("All-CNN, random labels: train error goes",
+             cell(model="All-CNN", beta=0.158, new_train_acc_batch=0.84)),
+            ("ResNet, random labels: train error goes",
+             cell(model="ResNet", beta=2.51, new_train_acc_batch=0.21)),
+            ("ResNet, random labels: train error passes",
+             cell(model="ResNet", beta=0.398, new_train_acc_batch=0.1)),
+            ("r ≤ 1", cell(model="ResNet", beta=0.158, new_information=1500.0)),
+            ("over 85%", cell(corruption=0.3, new_train_acc_batch=0.84)),
+            ("every step", cell(corruption=0.7, n=3000, new_information=6100.0)),
+            ("log 10", cell(corruption=1.0, n=3000, new_information=15_000.0)),
+            ("grows with N", cell(corruption=1.0, n=1000, new_information=1900.0)),
+            ("less than half", cell(corruption=0.45, new_information=9000.0)),
+            ("one constant", cell(corruption=0.09, new_information=8500.0))):
+        failed = [sentence for sentence, holds in fig2_verdicts(change).items() if holds == "NO"]
+        assert any(part in sentence for sentence in failed), part
     assert fig2_verdicts(lambda row: row | {"status": "diverged"}) == {}
 
 

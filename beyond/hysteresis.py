@@ -21,11 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (claim, complete_seeds, corrupt_labels, crossing, draw_subset, fmt,
+from common import (claim, complete_seeds, corrupt_labels, crossing, draw_subset,
+                    evaluate_as_trained, fmt,
                     load_images, lr_factor, minibatches, new_figure, normalise, ok_rows,
                     param_groups, parse_args, per_seed, plot_points, run_grid, save_figure,
                     save_tables, summarise, weight_information)
-from fig1_phase_transition import DATASETS, measure_as_trained, small_alexnet
+from fig1_phase_transition import DATASETS, small_alexnet
 
 # first: steps at the first beta of a branch. below: smaller betas, for the branch at chance only.
 BRANCH = dict(betas=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2),
@@ -101,7 +102,7 @@ def train(model, x, y, beta_at, steps, s, progress):
 def measure(model, batch, x, y):
     """Accuracy and cross-entropy on the train set as in training; nats of I(w;D) per sample."""
     nats = weight_information(model).item() / len(x)
-    return measure_as_trained(model, batch, x, y) | {"nats": nats}
+    return evaluate_as_trained(model, batch, x, y) | {"nats": nats}
 
 
 def by_beta(rows):
