@@ -242,7 +242,6 @@ def plot(ok, args):
         plot_map(ax, ok_rows(main, labels=labels), key, f"{part} accuracy, {labels} labels")
     bar = plt.cm.ScalarMappable(plt.Normalize(0.12, 0.98), "coolwarm")
     fig.colorbar(bar, ax=axes[0, 3], label="accuracy, interpolated between the dots")
-    axes[0, 1].axhline(-2.8, color="0.35", ls=":", lw=2, label="paper's second line")
     ours = {n: crossing(summarise(random, "beta", "train_acc_batch", n=n), 0.55) for n in sizes}
     for points, colour, name in ((PAPER_CROSSING, "0.35", "paper's"), (ours, "w", "our")):
         path = np.log10([[n, beta / n] for n, beta in points.items() if n <= sizes[-1]]).T
@@ -252,23 +251,22 @@ def plot(ok, args):
     for n, colour in zip(sizes, plt.cm.viridis(np.linspace(0, 0.85, len(sizes)))):
         style = dict(color=colour, label=f"N = {n:,}")
         plot_points(accuracy_ax, summarise(random, "beta", "train_acc_batch", n=n), **style)
-        accuracy_ax.plot(PAPER_CROSSING.get(n, math.nan), 0.55, "D", mfc="0.8", mec=colour, ms=8)
+        accuracy_ax.plot(PAPER_CROSSING.get(n, math.nan), 0.55, "D", mfc="0.8", mec=colour, ms=8,
+                         label="paper's 55%, same N" if n == sizes[-1] else None)
         memorised = [row for row in ok_rows(ok, labels="random", n=n) if row["r"] > 0]
         plot_points(r_ax, summarise(memorised, "beta", "r", budget=None), **style)
         star = [{"status": "ok", "steps": steps, "star": value}
                 for steps in {row["steps"] for row in memorised}
                 for value in per_seed(equilibrium, ok_rows(memorised, steps=steps))]
         plot_points(steps_ax, summarise(star, "steps", "star"), **style)
-    accuracy_ax.plot([], [], "D", mfc="0.8", mec="0.4", ms=8, label="paper's 55%, same N")
     accuracy_ax.set(xlabel="β", ylabel="train accuracy", title="random labels: the transition")
     r_ax.plot([0, 1], [0, 1], "k", lw=1, label="r = β: below it memory does not pay")
     r_ax.set(xlabel="β", ylabel="r, label nats per nat in the weights", xlim=(0, 1.05),
-             title="random labels: efficiency of the code")
-    steps_ax.set(xlabel="training steps", ylabel="β* = largest r", xlim=(0, None),
+             ylim=(0, 1.05), title="random labels: efficiency of the code")
+    steps_ax.set(xlabel="training steps", ylabel="β* = largest r", xlim=(0, None), ylim=(0, 1.05),
                  title="where memory ceases to pay, against training")
     for ax in (r_ax, steps_ax):
         ax.axhline(1, color="0.5", ls=":", label="r = 1: an ideal code")
-        ax.set_ylim(0, 1.05)
     for labels, colour in (("random", "C3"), ("real", "C0")):
         nats = summarise(main, "n", "nats", labels=labels, beta=0.1)
         plot_points(nats_ax, nats, color=colour, label=f"{labels} labels")

@@ -1835,11 +1835,11 @@ def test_fig2_claims_can_hold_and_fail_and_stay_undecided():
     assert len(verdicts) == 13 and set(verdicts.values()) == {"yes"}
     assert len(fig2_verdicts(scale="demo")) == 9
     for part, change in (
-            ("All-CNN, random labels: train error goes",
+            ("All-CNN: train error",
              cell(model="All-CNN", beta=0.158, new_train_acc_batch=0.84)),
-            ("ResNet, random labels: train error goes",
+            ("ResNet: train error",
              cell(model="ResNet", beta=2.51, new_train_acc_batch=0.21)),
-            ("ResNet, random labels: train error passes",
+            ("ResNet: it passes",
              cell(model="ResNet", beta=0.398, new_train_acc_batch=0.1)),
             ("r ≤ 1", cell(model="ResNet", beta=0.158, new_information=1500.0)),
             ("over 85%", cell(corruption=0.3, new_train_acc_batch=0.84)),
