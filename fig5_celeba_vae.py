@@ -3,15 +3,15 @@
     python fig5_celeba_vae.py --scale demo     # synthetic faces, 2 minutes on 2 cores
     python fig5_celeba_vae.py --scale cpu      # the CelebA in data/, COST per seed on 2 cores
     python fig5_celeba_vae.py --scale cpu --dataset synthetic --out synthetic
-    python fig5_celeba_vae.py --gpu 0          # CelebA, all of it (not yet run on a GPU)
+    python fig5_celeba_vae.py --gpu 0          # all of CelebA (not yet run on a GPU)
 
 A classifier of a face's attributes is trained with L = cross-entropy + beta/N * I(w;D); its last
 map z is drawn from p(z|x), with noise. The paper, in pictures of a GAN: at small beta the decoded
 x^ is the face with its background; at large beta the attributes stay, the rest is new. Here, on
 held-out faces: what ridge regression reads from z of the picture, outside and inside an ellipse
 around the face, and of the attributes, in nats. EXPECTED
-Pictures, <out>/*-faces.png: x, then for each beta E[x|z] from a decoder, and a draw from a
-conditional VAE, whose u ~ N(0, I) invents what z does not hold.
+<out>/*-faces.png: x, then for each beta E[x|z] by a decoder, and a draw of a conditional VAE, whose
+u ~ N(0, I) invents what z does not hold.
 """
 import functools
 
@@ -27,18 +27,17 @@ from common import (FACE_ELLIPSE, claim, complete_seeds, fmt, ib_loss, load_cele
 
 # What a cell is trained and measured with, stored in its row. `channels`: of the maps from 32x32
 # to 4x4, the last one z; `synthetic`: training and test faces drawn by code; `components`: of the
-# pixels. The decoder learns E[x|z], then goes on as a VAE, a nat of u costing kl_weight at first.
+# pixels; `maps` of u, whose nats cost kl_weight at first. The decoder learns E[x|z] before.
 COMMON = dict(kl_weight=100, sigma2=0.05, lr=0.002, lr_noise=0.04)
 SETTINGS = {
-    "demo": dict(channels=(12, 24, 48, 32), dim_u=32, synthetic=(3000, 1000), test=1000, batch=32,
-                 components=50, evaluation_steps=200, classifier_steps=500, decoder_steps=300,
-                 vae_steps=100, **COMMON),
-    "cpu": dict(channels=(24, 48, 96, 64), dim_u=128, synthetic=(10_000, 2000), test=2000, batch=64,
-                components=100, evaluation_steps=1000, classifier_steps=1500, decoder_steps=1500,
-                vae_steps=700, **COMMON),
-    "paper": dict(channels=(64, 128, 256, 128), dim_u=256, synthetic=(20_000, 4000), test=4000,
-                  batch=128, components=200, evaluation_steps=10_000, classifier_steps=20_000,
-                  decoder_steps=30_000, vae_steps=30_000, **COMMON),
+    "demo": dict(channels=(12, 24, 48, 32), maps=4, synthetic=(3000, 1000), batch=32,
+                 components=50, classifier_steps=500, decoder_steps=600, vae_steps=200, **COMMON),
+    "cpu": dict(channels=(24, 48, 96, 64), maps=8, synthetic=(10_000, 2000), batch=64,
+                components=100, classifier_steps=1500, decoder_steps=2000, vae_steps=1000,
+                **COMMON),
+    "paper": dict(channels=(64, 128, 256, 128), maps=16, synthetic=(20_000, 4000), batch=128,
+                  components=200, classifier_steps=20_000, decoder_steps=30_000, vae_steps=30_000,
+                  **COMMON),
 }
 BETAS = (0.0, 0.03, 0.1, 0.3, 0.5, 0.7)  # 0: no penalty, the reference
 GRID = {"demo": (0.03, 0.3, 1.0), "cpu": BETAS, "paper": BETAS}
@@ -57,9 +56,8 @@ def load_data(args, device=torch.device("cpu")):
 @functools.lru_cache(maxsize=1)
 def load_faces(scale, dataset, data_dir, device):
     """Images uint8 (n, 3, 64, 64), attributes (n, a) and {part: places of its images (m,)}."""
-    s = SETTINGS[scale]
     if dataset == "synthetic":
-        n_train, n_test = s["synthetic"]
+        n_train, n_test = SETTINGS[scale]["synthetic"]
         images, attributes, _ = synthetic_faces(n_train + n_test, seed=0)
         partition = 2 * (torch.arange(len(images)) >= n_train)
     else:
@@ -69,7 +67,7 @@ def load_faces(scale, dataset, data_dir, device):
     third = len(train) // 3
     return images.to(device), attributes.to(device), {
         "train": train, "evaluation": torch.cat([train[:third], validation]),
-        "classifier": train[third:], "validation": validation, "test": test[:s["test"]]}
+        "classifier": train[third:], "validation": validation, "test": test[:4000]}
 
 
 def take(images, rows, index):
@@ -88,31 +86,30 @@ def scaled(convolution, channels, norm):
 
 
 class ConditionalVAE(nn.Module):
-    """A decoder of z and u, and q(u|x,z), Gaussian."""
+    """Encoder q(u|x) and decoder x^(z,u); u: (n, maps, 4, 4)."""
 
-    def __init__(self, channels, dim_u):
+    def __init__(self, channels, maps):
         super().__init__()
-        c1, c2, c3, c4 = channels
-        self.encoder = scaled(nn.Conv2d, (3, *channels), nn.BatchNorm2d)
-        self.posterior = nn.Linear(32 * c4, 2 * dim_u)
-        self.projection = nn.Sequential(nn.Linear(dim_u, 16 * c4), nn.Unflatten(1, (c4, 4, 4)))
+        self.maps, (c1, c2, c3, c4) = maps, channels
+        self.encoder = nn.Sequential(scaled(nn.Conv2d, (3, *channels), nn.BatchNorm2d),
+                                     nn.Conv2d(c4, 2 * maps, 1))
         self.decoder = nn.Sequential(
-            nn.Conv2d(2 * c4, c3, 3, padding=1, bias=False), nn.BatchNorm2d(c3), nn.LeakyReLU(0.2),
+            nn.Conv2d(c4 + maps, c3, 3, 1, 1, bias=False), nn.BatchNorm2d(c3), nn.LeakyReLU(0.2),
             scaled(nn.ConvTranspose2d, (c3, c3, c2, c1), nn.BatchNorm2d),
             nn.ConvTranspose2d(c1, 3, 4, 2, 1))
         self.to(memory_format=torch.channels_last)
 
     def decode(self, z, u=None):
         """E[x|z,u], or E[x|z] without u: (n, 3, 64, 64)."""
-        u = z.new_zeros(len(z), self.projection[0].in_features) if u is None else u
-        return self.decoder(torch.cat([z, self.projection(u)], 1))
+        u = z.new_zeros(len(z), self.maps, 4, 4) if u is None else u
+        return self.decoder(torch.cat([z, u], 1))
 
     def forward(self, x, z):
-        """(x^ (n, 3, 64, 64), KL(q(u|x,z) || N(0, I)) (n,) in nats), u from q."""
-        q = self.posterior(torch.cat([self.encoder(x), z], 1).flatten(1))
-        mean, log_sigma2 = q.chunk(2, 1)
+        """x^ for u from q, and KL(q(u|x) || N(0, I)) (n,), nats."""
+        mean, log_sigma2 = self.encoder(x).chunk(2, 1)
         u = mean + (log_sigma2 / 2).exp() * torch.randn_like(mean)
-        return self.decode(z, u), 0.5 * (mean**2 + log_sigma2.exp() - log_sigma2 - 1).sum(1)
+        kl = mean**2 + log_sigma2.exp() - log_sigma2 - 1
+        return self.decode(z, u), kl.sum((1, 2, 3)) / 2
 
 
 def fit(model, n, loss_at, steps, s, progress):
@@ -156,7 +153,7 @@ def evaluation_classifier(seed, *data):
     s = SETTINGS[data[0]]
     torch.manual_seed(seed + 1_000_000)
     images, labels, parts = load_faces(*data)
-    return train_classifier(images, labels, parts["evaluation"], 0, s["evaluation_steps"], s,
+    return train_classifier(images, labels, parts["evaluation"], 0, s["classifier_steps"], s,
                             progress=lambda *_: None, noise=False)
 
 
@@ -203,16 +200,16 @@ def gaussian_nats(target, predicted):
     return -0.5 * unexplained.log().sum().item()
 
 
-def measure_z(z, z_test, images, labels, train, test, components):
-    """What ridge regression on the training faces' z reads from the test faces' z.
+def measure_z(z, z_test, images, labels, parts, components):
+    """What ridge regression, fitted to the training faces' z, reads from the test faces' z.
 
-    Nats of the attributes and of the leading principal components of the pixels; errors of the
-    pixels, and as anchors those of the mean face and of all these components.
+    Nats of attributes and of leading principal components of the pixels; errors of the pixels, and
+    those of the mean face and of these components of x itself.
     """
+    train, test = parts["train"], parts["test"]
     z, z_test = z.flatten(1).float(), z_test.flatten(1).float()
-    known = labels[train].float()
-    mean, row = known.mean(0), {}
-    row["attribute_nats"] = gaussian_nats(labels[test] - mean, ridge(z, known - mean, z_test))
+    known = labels.float() - labels[train].float().mean(0)
+    row = {"attribute_nats": gaussian_nats(known[test], ridge(z, known[train], z_test))}
     for region, mask in REGIONS.items():
         mask = mask.expand(3, 64, 64).flatten().to(images.device)
         mean = images[train[:4000]].flatten(1)[:, mask].float().mean(0)
@@ -239,7 +236,7 @@ def train_cell(cell, device, args, progress):
     classifier = train_classifier(images, labels, rows, beta, s["classifier_steps"], s, progress)
     z, _ = draw_z(classifier, images, train, 2 * len(train))
     z_test, logits = draw_z(classifier, images, test, len(test))
-    vae = ConditionalVAE(s["channels"], s["dim_u"]).to(device)
+    vae = ConditionalVAE(s["channels"], s["maps"]).to(device)
 
     def mean_loss(index, t):
         return (take(images, train, index) - vae.decode(z[index].float())).square().mean()
@@ -253,21 +250,19 @@ def train_cell(cell, device, args, progress):
     mean = predict(vae.decode, z_test.float()).clamp(-1, 1)
     fit(vae, len(z), vae_loss, s["vae_steps"], s, progress)
     with torch.no_grad():
-        drawn = vae.decode(z_test[:8].float(), torch.randn(8, s["dim_u"], device=device))
+        drawn = vae.decode(z_test[:8].float(), torch.randn(8, vae.maps, 4, 4, device=device))
 
     x, y = take(images, test, torch.arange(len(test), device=device)), labels[test]
-    save_image(torch.stack([x[:8], mean[:8], drawn], 1).flatten(0, 1).cpu(),
-               faces_path(args, beta, seed), nrow=3, padding=0, normalize=True,
-               value_range=(-1, 1))
-    error, outside = (mean - x).square().mean((0, 1)), BACKGROUND.to(device)
+    shown = torch.stack([x[:8], mean[:8], drawn], 1).flatten(0, 1).cpu() / 2 + 0.5
+    save_image(shown, faces_path(args, beta, seed), nrow=3, padding=0)
+    error = (mean - x).square().mean((0, 1))
     return {"n": len(rows), "information": weight_information(classifier).item(),
             "attribute_acc": agreement(logits, y),
             "majority_acc": agreement(labels[rows].float().mean(0) - 0.5, y),
             "attribute_agreement": agreement(predict(evaluator, mean), y),
             "reconstruction_mse": error.mean().item(),
-            "background_mse": error[outside].mean().item(),
-            "inside_mse": error[~outside].mean().item(),
-            } | measure_z(z[:len(train)], z_test, images, labels, train, test, s["components"])
+            "background_mse": error[BACKGROUND.to(device)].mean().item(),
+            } | measure_z(z[:len(train)], z_test, images, labels, parts, s["components"])
 
 
 def agreement(logits, y):
@@ -276,41 +271,37 @@ def agreement(logits, y):
 
 
 def faces_path(args, *cell):
-    """Of a cell's picture, (beta, seed), or of those of all beta, ()."""
+    """Of a cell's picture, (beta, seed), or of all beta's, ()."""
     name = "".join(f"-{value:g}" for value in cell)
     return args.out / f"{args.figure}-{args.scale}-{args.dataset}{name}-faces.png"
 
 
 def claims(ok, args):
-    """The claims table, over the seeds of which no beta but the reference is missing."""
+    """The claims table, over the seeds of which no beta is missing but the reference."""
     betas, table = [beta for beta in GRID[args.scale] if beta > 0], []
     rows = complete_seeds(ok, [{"beta": beta} for beta in betas])
+    for row in rows:
+        row["excess"] = row["attribute_agreement"] - row["majority_acc"]
 
     def kept(key):
         return per_seed(lambda rows: rows[-1][key] / rows[0][key], rows)
 
-    def add(sentence, paper, holds, **ours):
-        ours = "; ".join(f"{name} {fmt(v, '{:.0%}')}" for name, v in ours.items())
-        sentence = sentence.format(f"from β = {betas[0]:g} to {betas[-1]:g}")
-        table.append(claim(sentence, paper, ours, holds))
+    def add(sentence, paper, holds, *shares):
+        ours = ", ".join(fmt(share, "{:.0%}") for share in shares)
+        table.append(claim(sentence, paper, ours, all(holds)))
 
     if not rows:
         return table
     outside, inside = kept("picture_nats_outside"), kept("picture_nats_inside")
-    attributes = kept("attribute_nats")
-    add("at most half of z's nats of the background is left, {}", "forgotten",
-        all(outside <= 0.5), outside=outside)
-    add("a smaller share than of those of the face", "forgotten more", all(outside < inside),
-        outside=outside, inside=inside)
+    attributes, excess = kept("attribute_nats"), kept("excess")
+    add(f"of z's nats of the background half or less is kept from β = {betas[0]:g} to "
+        f"{betas[-1]:g}", "the rest is new", outside <= 0.5, outside)
+    add("a smaller share than of those of the face", "–", outside < inside, outside, inside)
     add("a smaller share than of those of the attributes", "attributes stay",
-        all(outside < attributes), outside=outside, attributes=attributes)
-    if args.scale != "demo":  # whose decoder is trained too briefly to decide these
-        excess = per_seed(lambda rows: [row["attribute_agreement"] - row["majority_acc"]
-                                        for row in rows], rows)
-        add("attributes seen in E[x|z] exceed naming the majority at every β", "not shown",
-            excess.min() > 0, least=excess.min(1))
-        add("and keep 90% of this excess, {}", "attributes stay",
-            all(excess[:, -1] >= 0.9 * excess[:, 0]), kept=excess[:, -1] / excess[:, 0])
+        outside < attributes, outside, attributes)
+    if args.scale != "demo":  # whose decoder is trained too briefly to decide this
+        add("90% is kept of what the attributes seen in E[x|z] exceed the majority by",
+            "attributes stay", excess >= 0.9, excess)
     return table
 
 
@@ -322,10 +313,7 @@ def plot(ok, args):
         "mean square error, pixels in [−1, 1]": {
             f"{key}_mse_{region}": f"{label}, {region}" for region in ("outside", "inside")
             for key, label in (("mean_face", "mean face"), ("ridge", "ridge from z"),
-                               ("components", "components of x"))},
-        "accuracy on the attributes": {
-            "attribute_acc": "read from z", "attribute_agreement": "seen in E[x|z]",
-            "majority_acc": "naming the majority"}}
+                               ("components", "components of x"))}}
     fig, axes = new_figure(1, len(panels), f"Fig. 5: {args.dataset}, scale {args.scale}, "
                            f"{len({row['seed'] for row in ok})} seeds")
     betas = sorted({row["beta"] for row in ok})
@@ -337,8 +325,7 @@ def plot(ok, args):
         ax.minorticks_off()
         ax.set(xlabel="β", title=title)
         ax.legend()
-        if "accuracy" not in title:
-            ax.set_ylim(0)
+        ax.set_ylim(0)
     save_figure(fig, args)
     paths = [faces_path(args, beta, ok[0]["seed"]) for beta in betas]
     if all(path.exists() for path in paths):

@@ -6,8 +6,8 @@
 The paper says of Fig. 5 that a larger beta forgets what the task does not need. Here its classifier
 is trained on half of the attributes, A or B, and each attribute a is read from z by a logistic
 probe, in nats on held-out faces beyond what the half without a tells: H(a|other half) -
-H(a|z, other half). If a is not named, the other half is the one that is: I(z;a|named). If it is, the
-measure is the same one, so that only the training differs. Were forgetting a matter of what is hard
+H(a|z, other half). If a is not named, the other half is the one that is: I(z;a|named). If a
+is named, the measure is the same, so that only the training differs. Were forgetting a matter of what is hard
 to see, both halves would fade at the same beta whichever is named.
 """
 import numpy as np
@@ -18,7 +18,7 @@ import fig5_celeba_vae as fig5
 from common import (claim, complete_seeds, fmt, new_figure, ok_rows, parse_args, per_seed,
                     plot_points, run_grid, save_figure, save_tables, summarise, weight_information)
 
-SHARED = ("channels", "synthetic", "test", "batch", "lr", "lr_noise")
+SHARED = ("channels", "synthetic", "batch", "lr", "lr_noise")
 SETTINGS = {
     scale: {name: fig5.SETTINGS[scale][name] for name in SHARED}
     | dict(steps=steps, components=components, penalties=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1))
@@ -147,8 +147,8 @@ def claims(ok, args):
             f"at every β from {betas[large[0]]:g}", "implied", ours, (own > other).all()))
     own, other = share["both", "named"], share["both", "not named"]
     held = [i for i in range(len(betas)) if own[:, i].mean() >= 0.8]
-    table.append(claim("at the largest β where named attributes keep 80% of their nats, the others "
-                       "keep 60% or less", "attributes stay, the rest goes",
+    table.append(claim("at the largest β where named attributes keep 80% of their nats, the "
+                       "others keep 60% or less", "attributes stay, the rest goes",
                        f"β={betas[held[-1]]:g}: {fmt(own[:, held[-1]], '{:.0%}')}, "
                        f"{fmt(other[:, held[-1]], '{:.0%}')}", other[:, held[-1]].mean() <= 0.6))
     return table
