@@ -1961,18 +1961,19 @@ def test_fig5_claims_can_hold_and_fail(monkeypatch):
     monkeypatch.setattr(fig5, "GRID", {"cpu": (0.0, 0.1, 0.7)})
     args = argparse.Namespace(scale="cpu", dataset="celeba")
 
-    def verdicts(outside=0.4, inside=0.6, attributes=0.8, agreement=0.9):
-        first = dict(status="ok", seed=0, beta=0.1, picture_nats_outside=1.0,
+    def verdicts(outside=0.4, inside=0.5, picture=0.6, attributes=0.8, agreement=0.9):
+        first = dict(status="ok", seed=0, beta=0.1, picture_nats=1.0, picture_nats_outside=1.0,
                      picture_nats_inside=1.0, attribute_nats=1.0, attribute_agreement=0.9,
                      majority_acc=0.8)
-        last = first | dict(beta=0.7, picture_nats_outside=outside, picture_nats_inside=inside,
-                            attribute_nats=attributes, attribute_agreement=agreement)
+        last = first | dict(beta=0.7, picture_nats=picture, picture_nats_outside=outside,
+                            picture_nats_inside=inside, attribute_nats=attributes,
+                            attribute_agreement=agreement)
         return [row["holds"] for row in fig5.claims([first, last], args)]
 
     assert verdicts() == ["yes"] * 4
-    assert verdicts(outside=0.55) == ["NO", "yes", "yes", "yes"]
-    assert verdicts(inside=0.3)[1] == verdicts(attributes=0.3)[2] == "NO"
-    assert verdicts(agreement=0.88)[3] == "NO"
+    assert verdicts(picture=0.7) == ["NO", "yes", "yes", "yes"]
+    assert verdicts(attributes=0.5)[1] == verdicts(inside=0.3)[2] == "NO"
+    assert verdicts(agreement=0.875)[3] == "NO"
 
 
 def test_named_reads_what_a_half_tells_beyond_the_other(monkeypatch):
