@@ -6,11 +6,10 @@
 The paper says of Fig. 5 that a larger beta forgets what the task does not need. Here its classifier
 is trained on half of the attributes, A or B, and each attribute a is read from z by a logistic
 probe, in nats on held-out faces beyond what the half without a tells: H(a|other half) -
-H(a|z, other half). If a is not named, the other half is the one that is: I(z;a|named). If a
-is named, the measure is the same, so that only the training differs. Were forgetting a matter of what is hard
-to see, both halves would fade at the same beta whichever is named.
+H(a|z, other half). If a is not named, the other half is the one that is: I(z;a|named). If a is
+named, the measure is the same, so that only the training differs. Were forgetting a matter of what
+is hard to see, each half would fade alike, named or not.
 """
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -19,11 +18,12 @@ from common import (claim, complete_seeds, fmt, new_figure, ok_rows, parse_args,
                     plot_points, run_grid, save_figure, save_tables, summarise, weight_information)
 
 SHARED = ("channels", "synthetic", "batch", "lr", "lr_noise")
+PENALTIES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # of the probes' squared weights
 SETTINGS = {
     scale: {name: fig5.SETTINGS[scale][name] for name in SHARED}
-    | dict(steps=steps, components=components, penalties=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1))
+    | dict(classifier_steps=steps, components=components, penalties=PENALTIES)
     for scale, steps, components in (("demo", 500, 50), ("cpu", 1500, 200), ("paper", 20_000, 500))}
-GRID = {"demo": (0.03, 0.3, 1.0), "cpu": (0.03, 0.1, 0.3, 0.7, 2.0),
+GRID = {"demo": (0.03, 0.3), "cpu": (0.03, 0.1, 0.3, 0.7, 2.0),
         "paper": (0.03, 0.1, 0.3, 0.7, 2.0)}
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
 # Half A, by place in the data set's list, B is the rest: of all halves found by swapping, the one
@@ -48,7 +48,7 @@ def train_cell(cell, device, args, progress):
     train, held_out = parts["train"], torch.cat([parts["validation"], parts["test"]])
     half = halves(args.dataset, labels.shape[1], device)
     named = labels[:, half[cell["named"]]]
-    classifier = fig5.train_classifier(images, named, train, beta, s["steps"], s, progress)
+    classifier = fig5.train_classifier(images, named, train, beta, s, progress)
     (z, _), (z_test, logits) = (fig5.draw_z(classifier, images, rows, len(rows))
                                 for rows in (train, held_out))
     return {"information": weight_information(classifier).item(),
@@ -70,8 +70,7 @@ def read_attributes(z, z_test, y, y_test, half, s):
         beyond = unread(told, told_test) - unread(torch.cat([z, told], 1),
                                                   torch.cat([z_test, told_test], 1))
         nats = unread(z[:, :0], z_test[:, :0]) - unread(z, z_test)
-        row |= {f"nats_{name}": nats.sum().item(), f"beyond_{name}": beyond.sum().item(),
-                f"each_beyond_{name}": [round(value, 4) for value in beyond.tolist()]}
+        row |= {f"nats_{name}": nats.sum().item(), f"beyond_{name}": beyond.sum().item()}
     return row
 
 
@@ -133,6 +132,7 @@ def make_cells(scale):
 
 
 def claims(ok, args):
+    """The claims table, over the seeds of which no cell is missing."""
     betas, table = GRID[args.scale], []
     rows = complete_seeds(ok, make_cells(args.scale))
     if not rows:
@@ -140,11 +140,16 @@ def claims(ok, args):
     share, large = kept(rows, betas), [i for i, beta in enumerate(betas) if beta >= 0.3]
     for half in "AB":
         own, other = share[half, "named"][:, large], share[half, "not named"][:, large]
+        gap = own - other
+        spread = gap.std(0, ddof=1) if len(gap) > 1 else 0
         ours = "; ".join(f"β={betas[i]:g}: {fmt(a, '{:.0%}')}, {fmt(b, '{:.0%}')}"
                          for i, a, b in zip(large, own.T, other.T))
         table.append(claim(
-            f"half {half} keeps a larger share of its nats when named than when not, in every seed "
-            f"at every β from {betas[large[0]]:g}", "implied", ours, (own > other).all()))
+            f"half {half} keeps a larger share of its nats named than not named, in every seed at "
+            f"every β from {betas[large[0]]:g}, by more than the seeds' spread", "implied", ours,
+            (gap > 0).all() and (gap.mean(0) > spread).all()))
+    if args.scale == "demo":  # whose classifier is trained too briefly to decide the next
+        return table
     own, other = share["both", "named"], share["both", "not named"]
     held = [i for i in range(len(betas)) if own[:, i].mean() >= 0.8]
     table.append(claim("at the largest β where named attributes keep 80% of their nats, the "
