@@ -1,7 +1,7 @@
 """Is what the task does not name forgotten? The same attributes, once named and once not.
 
     python -m beyond.named --scale demo     # synthetic faces, a minute on 2 cores
-    python -m beyond.named --scale cpu      # the CelebA in data/, COST per seed on 2 cores
+    python -m beyond.named --scale cpu      # CelebA, 15 minutes per seed on 2 cores
 
 The paper says of Fig. 5 that a larger beta forgets what the task does not need. Here its classifier
 is trained on half of the attributes, A or B, and each attribute a is read from z by a logistic
