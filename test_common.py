@@ -1525,9 +1525,9 @@ FIG3 = {"SETTINGS": dict(n=20, test=20, batch=20, width_steps=6, beta_steps=6, l
 FIG4 = {"SETTINGS": dict(width=1 / 32, n=60, steps=3, batch=20, pairs=60, discriminator_steps=3,
                          validation=20, test=30, lr=0.003, lr_noise=0.05),
         "GRID": (0.001, 10.0)}
-FIG5 = {"SETTINGS": dict(channels=(4, 4, 8, 4), dim_u=3, synthetic=(60, 40), test=40, batch=16,
-                         evaluation_steps=2, classifier_steps=3, vae_steps=3, kl_warm_up=0.4,
-                         kl_weight=100, kl_end=0.8, draws=2, lr=0.002, lr_noise=0.04),
+FIG5 = {"SETTINGS": dict(channels=(4, 4, 8, 4), maps=2, synthetic=(60, 40), batch=16, components=5,
+                         classifier_steps=3, decoder_steps=3, vae_steps=3, kl_weight=100,
+                         sigma2=0.05, lr=0.002, lr_noise=0.04),
         "GRID": (0.0, 0.1, 10.0)}
 TINY = {"fig1_phase_transition": FIG1, "fig2_corrupted_labels": FIG2, "fig3_width_beta": FIG3,
         "fig4_cluttered_mnist": FIG4, "fig5_celeba_vae": FIG5}
@@ -1538,8 +1538,9 @@ MEASURED = {
                              "cross_entropy cross_entropy_batch information panel n beta",
     "fig3_width_beta": "params train_acc test_acc information panel width",
     "fig4_cluttered_mnist": "test_acc i_zn_nce i_zn_dv i_zy bound information total_correlation",
-    "fig5_celeba_vae": "attribute_acc reconstruction_mse background_mse attribute_agreement "
-                       "majority_acc information",
+    "fig5_celeba_vae": "attribute_acc picture_nats picture_nats_outside picture_nats_inside "
+                       "reconstruction_mse background_mse attribute_agreement majority_acc "
+                       "information",
 }
 
 
@@ -1933,32 +1934,46 @@ def test_fig4_bounds_a_layer_by_the_capacity_of_its_gaussian_units():
     assert "conv1" not in bounds
 
 
-def test_fig5_parts_do_not_overlap_and_test_faces_are_not_trained_on(monkeypatch, tmp_path):
+def test_fig5_test_faces_are_measured_and_not_trained_on(monkeypatch, tmp_path):
     fig5, args = arguments_of(monkeypatch, "fig5_celeba_vae", tmp_path)
     fig5.load_faces.cache_clear(), fig5.evaluation_classifier.cache_clear()
-    images, attributes, factors, parts = fig5.load_data(args)
+    images, attributes, parts = fig5.load_data(args)
     assert not set(parts["train"].tolist()) & set(parts["test"].tolist())
     assert not set(parts["evaluation"].tolist()) & set(parts["classifier"].tolist())
-    taken = []
-    spy(monkeypatch, fig5, "take", taken)
+    taken, trained = [], []
+    fit, take = fig5.fit, fig5.take
+
+    def fitted(*arguments):
+        taken.clear()
+        fit(*arguments)
+        trained.append(set.union(*taken))
+
+    def took(images, rows, index):
+        taken.append(set(rows[index % len(rows)].tolist()))
+        return take(images, rows, index)
+    monkeypatch.setattr(fig5, "fit", fitted)
+    monkeypatch.setattr(fig5, "take", took)
     fig5.train_cell({"beta": 0.1, "seed": 0}, args.device, args, lambda *_: None)
-    used = [set(rows.tolist()) for _, rows, _ in taken]
-    test = set(parts["test"].tolist())
-    assert len(used) > 8
-    assert all(not rows & test for rows in used[:5])  # the two classifiers
-    measured = [rows for rows in used if rows & test]
-    assert measured and all(rows == test for rows in measured)
-    x = fig5.take(images, parts["test"], torch.tensor([3, 43]))
+    assert len(trained) == 4  # two classifiers, the decoder with and without u
+    for used, part in zip(trained, ("evaluation", "classifier", "train", "train")):
+        assert used <= set(parts[part].tolist())
+    assert taken[-1] == set(parts["test"].tolist())
+    x = take(images, parts["test"], torch.tensor([3, 43]))
     assert torch.equal(x[0].flip(2), x[1])
 
 
-def test_fig5_probe_reads_what_is_there_and_nothing_else():
+def test_fig5_ridge_reads_the_nats_of_a_gaussian_channel_and_none_from_what_is_independent():
     import fig5_celeba_vae as fig5
-    factor = torch.randint(3, (900,))
-    z = torch.randn(900, 4, 2, 2)
-    assert abs(fig5.probe(z, factor)) < 0.1
-    z.view(900, -1)[:, :3] += 6 * F.one_hot(factor)
-    assert fig5.probe(z, factor) > 0.9
+    r2 = torch.tensor([0.9, 0.5, 0.1, 0.0])
+    z, noise = torch.randn(8000, 30), torch.randn(8000, 4)
+    target = 7 * (r2.sqrt() * z[:, :4] + (1 - r2).sqrt() * noise)
+
+    def nats(z, n):
+        return fig5.gaussian_nats(target[4000:], fig5.ridge(z[:n], target[:n], z[4000:]))
+    assert nats(3 * z + 5, n=4000) == pytest.approx(-0.5 * (1 - r2).log().sum().item(), abs=0.06)
+    assert abs(nats(torch.zeros(8000, 30), n=4000)) < 0.01
+    unpenalised = -2 * np.log(300 / 180)  # expected of z that tells nothing, 120 columns, n = 300
+    assert 0.1 * unpenalised < nats(torch.randn(8000, 120), n=300) < 0.05
 
 
 def test_fig5_claims_can_hold_and_fail(monkeypatch):
@@ -1966,13 +1981,30 @@ def test_fig5_claims_can_hold_and_fail(monkeypatch):
     monkeypatch.setattr(fig5, "GRID", {"cpu": (0.0, 0.1, 0.7)})
     args = argparse.Namespace(scale="cpu", dataset="celeba")
 
-    def verdicts(outside=2.0, inside=1.5, agreement=0.9):
-        rows = [dict(status="ok", seed=0, beta=0.1, background_mse=1.0, inside_mse=1.0,
-                     attribute_agreement=0.9, majority_acc=0.8)]
-        rows.append(rows[0] | dict(beta=0.7, background_mse=outside, inside_mse=inside,
-                                   attribute_agreement=agreement))
-        return [row["holds"] for row in fig5.claims(rows, args)]
+    def verdicts(outside=0.4, inside=0.5, picture=0.6, attributes=0.8, agreement=0.9):
+        first = dict(status="ok", seed=0, beta=0.1, picture_nats=1.0, picture_nats_outside=1.0,
+                     picture_nats_inside=1.0, attribute_nats=1.0, attribute_agreement=0.9,
+                     majority_acc=0.8)
+        last = first | dict(beta=0.7, picture_nats=picture, picture_nats_outside=outside,
+                            picture_nats_inside=inside, attribute_nats=attributes,
+                            attribute_agreement=agreement)
+        return [row["holds"] for row in fig5.claims([first, last], args)]
 
     assert verdicts() == ["yes"] * 4
-    assert verdicts(outside=1.4)[0] == verdicts(inside=2.1)[1] == "NO"
-    assert verdicts(agreement=0.79)[2:] == ["NO", "NO"] and verdicts(agreement=0.88)[3] == "NO"
+    assert verdicts(picture=0.7) == ["NO", "yes", "yes", "yes"]
+    assert verdicts(attributes=0.5)[1] == verdicts(inside=0.3)[2] == "NO"
+    assert verdicts(agreement=0.875)[3] == "NO"
+
+
+def test_named_reads_what_a_half_tells_beyond_the_other(monkeypatch):
+    from beyond import named
+    y = torch.randint(2, (6000, 6))
+    y[:, 2] = y[:, 0]  # of half B, told by half A
+    half = named.halves("synthetic", 6, "cpu")
+    assert half["A"].tolist() == [0, 1, 5] and half["B"].tolist() == [2, 3, 4]
+    z = torch.cat([8.0 * y[:, [2, 3]] - 4, torch.randn(6000, 6)], 1) + torch.randn(6000, 8)
+    s = dict(components=8, penalties=(0.001, 0.1))
+    row = named.read_attributes(z[:4000], z[4000:], y[:4000], y[4000:], half, s)
+    nats = {"nats_A": 1, "beyond_A": 0, "nats_B": 2, "beyond_B": 1}  # times log 2
+    for key, value in nats.items():
+        assert row[key] == pytest.approx(value * 0.693, abs=0.05), key
