@@ -26,6 +26,7 @@ import torch.nn.functional as F
 import torchvision
 
 import common
+from beyond.proper_prior import prior_divergence
 from common import (
     DataError,
     StochasticConv2d,
@@ -48,7 +49,6 @@ from common import (
     load_mnist,
     minibatches,
     pac_bayes_bound,
-    prior_divergence,
     sample_weights,
     synthetic_digits,
     synthetic_faces,
@@ -170,7 +170,7 @@ def test_gradients_of_the_noise_are_those_of_the_formulas():
     assert beyond.grad.item() == pytest.approx(0.5 * math.exp(0.5 * common.MAX_LOG_SIGMA2))
 
 
-@pytest.mark.parametrize("noise, local", NOISES)
+@pytest.mark.parametrize("noise, local", [("lognormal", True), ("lognormal", False)])
 def test_a_cap_on_alpha_holds_in_value_and_lets_the_gradient_pass(noise, local):
     layer = StochasticLinear(5, 3, noise=noise, local=local, log_alpha=4.0, max_log_alpha=0.5)
     capped = StochasticLinear(5, 3, noise=noise, local=local, max_log_alpha=0.5)
