@@ -275,9 +275,9 @@ def lr_factor(t, hold=0.8):
 
 
 @torch.no_grad()
-def predict(model, x, batch=100):
+def predict(model, x):
     """model(x), in batches."""
-    return torch.cat([model(part) for part in x.split(batch)])
+    return torch.cat([model(part) for part in x.split(100)])
 
 
 def accuracy(logits, labels):
@@ -370,7 +370,6 @@ def layer_information(weight, alpha, x):
     weight: (out, in) means. alpha: (out, in) or float, as above. x: (n, in). Takes z and z|x as
     Gaussian; inf if some x is all zero.
     """
-    x = torch.as_tensor(x)
     alpha = torch.as_tensor(alpha, dtype=weight.dtype, device=weight.device)
     noise = x**2 @ (torch.expm1(alpha) * weight**2).T
     signal = (x @ weight.T).var(0, correction=0)
@@ -566,21 +565,17 @@ def _checked(name, file):
     return arrays
 
 
-def _from_torchvision(name, data_dir, download=False):
+def _from_torchvision(name, data_dir):
+    """The arrays of torchvision's copy in data_dir, else of its download."""
     from torchvision import datasets, transforms
-    try:
-        if name != "celeba64":
-            parts = [getattr(datasets, name.upper())(data_dir, train, download=download)
-                     for train in (True, False)]
-            arrays = [np.asarray(a) for part in parts for a in (part.data, part.targets)]
-            return dict(zip(ARRAYS[name], arrays))
-        crop = transforms.Compose([transforms.CenterCrop(148), transforms.Resize((64, 64))])
-        faces = datasets.CelebA(data_dir, "all", transform=crop, download=download)
-    except (RuntimeError, OSError):  # how torchvision says that it has no copy
-        if download:
-            raise
-        print(f"no {name}.npz in {data_dir}, trying torchvision's download", flush=True)
-        return _from_torchvision(name, data_dir, download=True)
+    print(f"no {name}.npz in {data_dir}, trying torchvision's copy or its download", flush=True)
+    if name != "celeba64":
+        parts = [getattr(datasets, name.upper())(data_dir, train, download=True)
+                 for train in (True, False)]
+        arrays = [np.asarray(a) for part in parts for a in (part.data, part.targets)]
+        return dict(zip(ARRAYS[name], arrays))
+    crop = transforms.Compose([transforms.CenterCrop(148), transforms.Resize((64, 64))])
+    faces = datasets.CelebA(data_dir, "all", transform=crop, download=True)
     partition = np.loadtxt(Path(data_dir, "celeba", "list_eval_partition.txt"), np.uint8, usecols=1)
     return {"images": np.stack([np.asarray(faces[i][0]) for i in range(len(faces))]),
             "attrs": np.asarray(faces.attr, np.uint8), "partition": partition,
@@ -626,21 +621,16 @@ def normalise(images, mean, std, size):
     return ((crop.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def corrupt_labels(labels, fraction, num_classes, generator, kind="uniform"):
-    """A copy of labels (n,) with exactly round(fraction*n) of them, at random, corrupted.
+def corrupt_labels(labels, fraction, num_classes, generator):
+    """A copy of labels (n,) with exactly round(fraction*n) of them resampled over all classes.
 
-    kind: "uniform", a random class, or "pair", the next. ValueError for another, or fraction.
+    labels and generator are on the same device. ValueError for an impossible fraction.
     """
-    if not 0 <= fraction <= 1 or kind not in ("uniform", "pair"):
-        raise ValueError(f"fraction={fraction} must be from 0 to 1, kind={kind!r} uniform or pair")
-    device, count = generator.device, round(fraction * len(labels))
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction={fraction} must be from 0 to 1")
+    corrupted, count, device = labels.clone(), round(fraction * len(labels)), labels.device
     index = torch.randperm(len(labels), generator=generator, device=device)[:count]
-    index, corrupted = index.to(labels.device), labels.clone()
-    if kind == "pair":
-        new = (labels[index] + 1) % num_classes
-    else:
-        new = torch.randint(num_classes, (count,), generator=generator, device=device)
-    corrupted[index] = new.to(labels)
+    corrupted[index] = torch.randint(num_classes, (count,), generator=generator, device=device)
     return corrupted
 
 
@@ -842,7 +832,7 @@ def parse_args(doc, datasets, seeds):
     add("--out", type=Path, default="results", help="folder of rows and plots (results)")
     add("--seeds", type=number, nargs="+", help="run each cell once per seed")
     add("--jobs", type=number, help="cells trained at once (1 on a GPU, else one per core)")
-    add("--shard", type=shard, metavar="I/N", help="every N-th cell, from the I-th")
+    add("--shard", type=shard, default="1/1", help="I/N: every N-th cell, from the I-th")
     add("--plot-only", action="store_true", help="only draw the rows there are")
     args = parser.parse_args()
     if args.jobs == 0:
@@ -872,7 +862,7 @@ def _device(gpu):
 
 
 @_user_errors()
-def run_grid(cells, train_cell, args, settings, prepare=None):
+def run_grid(cells, train_cell, args, settings, prepare):
     """Train every cell (dict) that has no row yet, for each seed or its own; return all rows.
 
     train_cell(cell, device, args, progress) returns what was measured (dict). progress(step, steps,
@@ -883,7 +873,7 @@ def run_grid(cells, train_cell, args, settings, prepare=None):
     cells = [cell | {"seed": seed} for seed in args.seeds for cell in cells
              if cell.get("seed", seed) == seed]
     names = sorted({name for cell in cells for name in cell})
-    part, parts = args.shard or (1, 1)
+    part, parts = args.shard
     cells = cells[part - 1::parts]
     on_cpu = args.device.type == "cpu"
     head = {"figure": args.figure, "scale": args.scale, "dataset": args.dataset, "status": "ok",
@@ -921,14 +911,14 @@ def run_grid(cells, train_cell, args, settings, prepare=None):
 
 
 def _train(todo, train_cell, args, head, prepare):
-    shard = ".{}-of-{}".format(*args.shard) if args.shard else ""
+    part, parts = args.shard
+    shard = f".{part}-of-{parts}" if parts > 1 else ""
     path = args.out / f"{args.figure}-{args.scale}{shard}.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
             print(file=file)  # ends a line that a crash left unfinished
-        if prepare:
-            prepare(args)
+        prepare(args)
         started = time.monotonic()
         with contextlib.closing(_finished_cells(todo, train_cell, args)) as finished:
             for count, (cell, result, seconds) in enumerate(finished, 1):
