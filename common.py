@@ -555,8 +555,8 @@ def _checked(name, file):
         n = rows.setdefault(key.partition("_")[2], len(array))  # of train, test or all
         if (array.dtype.kind not in "ui" or array.shape != (n, *shape)
                 or array.min() < 0 or array.max() > largest):
-            raise ValueError(f"{key} should be integers {(n, *shape)} from 0 to {largest}, found "
-                             f"{array.dtype} {array.shape}")
+            raise ValueError(f"{key} ({array.dtype} {array.shape}) should be integers "
+                             f"{(n, *shape)} from 0 to {largest}")
         arrays[key] = torch.from_numpy(array.astype(np.uint8))
     if name == "celeba64":
         arrays["attr_names"] = file["attr_names"]
@@ -882,7 +882,7 @@ def run_grid(cells, train_cell, args, settings, prepare):
             "settings": json.loads(json.dumps(settings))}  # tuples are lists, as in the rows
 
     def key(row):
-        return json.dumps([row.get(name) for name in names])
+        return tuple(map(row.get, names))
 
     def counted(rows):  # of rows that stand twice, one
         return {key(row): row for row in rows if row["settings"] == head["settings"]}
@@ -893,14 +893,14 @@ def run_grid(cells, train_cell, args, settings, prepare):
     print(f"{args.figure}: device {head['device']}, scale {args.scale}, data {args.dataset}, "
           f"{len(cells)} cells, {len(cells) - len(todo)} done, commit {head['git']}")
     if others := sum(row["settings"] != head["settings"] for row in found):
-        print(f"{others} rows in {args.out} were made under other settings: left aside")
+        print(f"{others} rows in {args.out} have other settings: left aside")
     if args.plot_only or not todo:
         print("redrawing; to train again, add --out elsewhere", flush=True)
     else:
         try:
             _train(todo, train_cell, args, head, prepare)
         except KeyboardInterrupt:
-            print(f"\nstopped: finished cells are saved in {args.out}; the same command continues",
+            print(f"\nstopped: {args.out} has the finished cells, the same command goes on",
                   file=sys.stderr)
             raise SystemExit(130) from None
         rows = counted(read_rows(args))
@@ -913,8 +913,8 @@ def run_grid(cells, train_cell, args, settings, prepare):
 def _train(todo, train_cell, args, head, prepare):
     part, parts = args.shard
     shard = f".{part}-of-{parts}" if parts > 1 else ""
-    path = args.out / f"{args.figure}-{args.scale}{shard}.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{args.figure}-{args.scale}{shard}.jsonl"
     with open(path, "a") as file:
         if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
             print(file=file)  # ends a line that a crash left unfinished
@@ -1054,7 +1054,7 @@ def crossing(points, level):
 def per_seed(function, rows):
     """function(rows of one seed) for each seed: array."""
     seeds = sorted({row["seed"] for row in rows})
-    return np.array([function([row for row in rows if row["seed"] == seed]) for seed in seeds])
+    return np.array([function(ok_rows(rows, seed=seed)) for seed in seeds])
 
 
 def fmt(values, form="{:.2f}"):
