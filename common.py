@@ -1,15 +1,7 @@
 """Shared pieces of the reproduction of Achille & Soatto, "Emergence of Invariance and
-Disentanglement in Deep Representations" (JMLR 2018, arXiv 1706.01350).
+Disentanglement in Deep Representations" (JMLR 2018, arXiv 1706.01350). Information is in nats.
 
-Five sections, each of which also runs alone when pasted under this import block:
-
-    1. Stochastic layers       weights with learned multiplicative noise
-    2. Weight-IB loss          cross-entropy + beta/N * I(w;D)
-    3. Information estimators  capacities, bounds, I(z;y), I(z;n), total correlation
-    4. Data                    CIFAR-10, MNIST, CelebA, and synthetic sets without files
-    5. Running a grid          command line, resumable runs, plots, tables
-
-Information is in nats.
+Each of the five sections also runs alone when pasted under this import block.
 """
 import argparse
 import contextlib
@@ -19,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,12 +32,11 @@ from torch.optim.swa_utils import update_bn
 torch.set_flush_denormal(True)
 
 # === 1. Stochastic layers =================================
-# w = w_mean * eps with noise of mean one and a learned alpha per weight: eps ~ N(1, alpha), or
-# log eps ~ N(-alpha/2, alpha). The parameter is log sigma^2 = log alpha + log w_mean^2, so that a
-# step of the mean leaves the size of the noise as it is.
+# w = w_mean * eps, eps ~ N(1, alpha) or log eps ~ N(-alpha/2, alpha), a learned alpha per weight.
+# The parameter is log sigma^2 = log alpha + log w_mean^2: a step of the mean keeps the noise.
 
-EPS = 1e-16  # added to w^2 before its logarithm: a weight of exactly zero has a finite log alpha
-MAX_LOG_SIGMA2 = 20.0  # far beyond any useful noise; exp would overflow at log alpha = 100
+EPS = 1e-16  # added to w^2 before its logarithm, as a weight can be zero
+MAX_LOG_SIGMA2 = 20.0  # far beyond any useful noise
 
 
 def _at_least_float32(tensor):
@@ -89,7 +81,7 @@ class _GaussianNoise(torch.autograd.Function):
         return grad, grad * ctx.saved_tensors[0]
 
 
-# KL of N(w, alpha*w^2) from the log-uniform prior: Molchanov et al. 2017 (arXiv 1701.05369), eq. 14
+# Molchanov et al. 2017 (arXiv 1701.05369), eq. 14
 K1, K2, K3 = 0.63576, 1.87320, 1.48695
 
 
@@ -125,11 +117,14 @@ class _StochasticWeight:
 
     sampling = None  # draw noise? None: in train() only. Set by sample_weights().
 
-    def _make_stochastic(self, noise, local, log_alpha, max_log_alpha):
+    def __init__(self, *args, noise="gaussian", local=None, log_alpha=-6.0, max_log_alpha=1.0,
+                 **kwargs):
+        super().__init__(*args, **kwargs)
+        self._make_stochastic(noise, local, log_alpha, max_log_alpha)
+
+    def _make_stochastic(self, noise="gaussian", local=None, log_alpha=-6.0, max_log_alpha=1.0):
         if noise not in ("gaussian", "lognormal"):
             raise ValueError(f"noise={noise!r}: choose 'gaussian' or 'lognormal'")
-        if max_log_alpha is None and noise == "lognormal":
-            max_log_alpha = 1.0
         self.noise, self.max_log_alpha = noise, max_log_alpha
         self.local = isinstance(self, nn.Linear) if local is None else local
         self.log_sigma2 = nn.Parameter(torch.empty_like(self.weight, requires_grad=False))
@@ -137,47 +132,37 @@ class _StochasticWeight:
 
     @property
     def log_alpha(self):
-        """log alpha of every weight, at most max_log_alpha. Assign a float or a tensor."""
+        """log alpha of every weight. Assign a float or a tensor."""
         log_alpha = _at_least_float32(self.log_sigma2) - _log_square(self.weight)
-        return log_alpha if self.max_log_alpha is None else log_alpha.clamp(max=self.max_log_alpha)
+        return log_alpha.clamp(max=self.max_log_alpha) if self.noise == "lognormal" else log_alpha
 
     @log_alpha.setter
     def log_alpha(self, value):
         with torch.no_grad():
             self.log_sigma2.copy_(value + _log_square(self.weight))
 
-    def _capped_log_sigma2(self):
-        """log sigma^2 under the cap on log alpha, in value but not in gradient."""
-        if self.max_log_alpha is None:
-            return self.log_sigma2
-        log_alpha = _at_least_float32(self.log_sigma2) - _log_square(self.weight)
-        return self.log_sigma2 - F.relu(log_alpha - self.max_log_alpha).detach()
-
     def information(self):
         """Upper bound I~(w;D) on the information in this layer's weights: 0-d tensor, nats.
 
         Sum of KLs from the log-uniform prior (Prop. 4.1), with C such that a weight at the largest
-        alpha (the cap, else infinity) holds zero nats. Gaussian: to 0.0095 nats per weight.
+        alpha (infinity, or the cap) holds zero nats. Gaussian: to 0.0095 nats per weight.
         """
-        if self.noise == "lognormal":
-            return 0.5 * (self.max_log_alpha - self.log_alpha).sum()
-        kl = _GaussianKL.apply(self.weight, self._capped_log_sigma2())
-        if self.max_log_alpha is None:
-            return kl
-        at_cap = gaussian_kl(torch.tensor(float(self.max_log_alpha)))
-        return kl - self.weight.numel() * at_cap.item()
+        if self.noise == "gaussian":
+            return _GaussianKL.apply(self.weight, self.log_sigma2)
+        return 0.5 * (self.max_log_alpha - self.log_alpha).sum()
 
     def _apply_noisy(self, linear, x):
         """linear(x, weight, bias), the layer's own map, with noise on the weights if it is on."""
         if not (self.training if self.sampling is None else self.sampling):
             return linear(x, self.weight, self.bias)
-        log_sigma2 = self._capped_log_sigma2()
-        if self.noise == "lognormal":
+        if self.noise == "lognormal":  # the cap holds in value, not in gradient
+            log_alpha = _at_least_float32(self.log_sigma2) - _log_square(self.weight)
+            log_sigma2 = self.log_sigma2 - F.relu(log_alpha - self.max_log_alpha).detach()
             alpha = torch.exp(_at_least_float32(log_sigma2) - _log_square(self.weight))
         if self.local:
             with torch.autocast(x.device.type, enabled=False):  # squares overflow half precision
                 if self.noise == "gaussian":
-                    variance = _CappedExp.apply(_at_least_float32(log_sigma2), 1.0)
+                    variance = _CappedExp.apply(_at_least_float32(self.log_sigma2), 1.0)
                 else:
                     variance = _at_least_float32(self.weight) ** 2 * torch.expm1(alpha)
                 wide = _at_least_float32(x)
@@ -185,7 +170,7 @@ class _StochasticWeight:
             return _GaussianNoise.apply(linear(x, self.weight, self.bias), variance)
         noise = torch.randn(self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
         if self.noise == "gaussian":
-            weight = torch.addcmul(self.weight, _CappedExp.apply(log_sigma2, 0.5), noise)
+            weight = torch.addcmul(self.weight, _CappedExp.apply(self.log_sigma2, 0.5), noise)
         else:
             log_eps = (alpha + 1e-30).sqrt() * noise - 0.5 * alpha
             weight = self.weight * torch.exp(log_eps).to(self.weight.dtype)
@@ -199,24 +184,15 @@ class _StochasticWeight:
             state_dict.setdefault(prefix + "log_sigma2", log_sigma2.to(self.log_sigma2.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def extra_repr(self):
-        return f"{super().extra_repr()}, noise={self.noise!r}, local={self.local}"
-
 
 class StochasticLinear(_StochasticWeight, nn.Linear):
     """nn.Linear with multiplicative noise on its weights, one learned alpha each (Sec. 4).
 
-    noise: "gaussian" or "lognormal". local: True samples the pre-activations of every example
-    (Kingma et al. 2015; of log-normal noise mean and variance are matched), False one weight per
-    forward. log_alpha: initial value; max_log_alpha: its cap (None: no cap, or 1 if log-normal).
-    train() draws noise, eval() uses the means. Extra parameter: log_sigma2, shape of weight.
-    ValueError for an unknown noise.
+    noise="gaussian" or "lognormal" (of log alpha at most max_log_alpha=1). local=True, the default
+    here: sample the pre-activations of every example (Kingma et al. 2015; of log-normal noise mean
+    and variance are matched); False: one weight per forward. log_alpha=-6: the initial value.
+    train() draws noise, eval() uses the means. ValueError for an unknown noise.
     """
-
-    def __init__(self, in_features, out_features, bias=True, *, noise="gaussian", local=True,
-                 log_alpha=-6.0, max_log_alpha=None, device=None, dtype=None):
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._make_stochastic(noise, local, log_alpha, max_log_alpha)
 
     def forward(self, x):
         return self._apply_noisy(F.linear, x)
@@ -228,33 +204,26 @@ class StochasticConv2d(_StochasticWeight, nn.Conv2d):
     local=True costs a second convolution and takes the noise at all positions as independent.
     """
 
-    def __init__(self, *args, noise="gaussian", local=False, log_alpha=-6.0, max_log_alpha=None,
-                 **kwargs):
-        super().__init__(*args, **kwargs)
-        self._make_stochastic(noise, local, log_alpha, max_log_alpha)
-
     def forward(self, x):
         return self._apply_noisy(self._conv_forward, x)
 
 
-def to_stochastic(module, *, skip=(), noise="gaussian", local=None, log_alpha=-6.0,
-                  max_log_alpha=None):
+def to_stochastic(module, *, skip=(), **options):
     """Turn every nn.Linear and nn.Conv2d of a model into its stochastic twin, in place; return it.
 
-    Weights, device, dtype, hooks, names, sharing and eval-mode outputs stay. skip: names, as in
-    named_modules(), of layers or blocks to leave alone; ValueError for an unknown one. local: None
-    for each layer's default. Subclasses stay plain, as in nn.MultiheadAttention.
+    skip: names, as in named_modules(), of layers or blocks to leave alone; ValueError for an
+    unknown one. options: of StochasticLinear. Subclasses of these two stay plain.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     layers = dict(module.named_modules())
-    if unknown := [name for name in skip if name not in layers]:
+    if unknown := set(skip) - set(layers):
         raise ValueError(f"skip names {unknown}, which the model does not have")
     spared = tuple(f"{name}." for name in skip)
     twins = {nn.Linear: StochasticLinear, nn.Conv2d: StochasticConv2d}
     for name, layer in layers.items():
         if type(layer) in twins and not f"{name}.".startswith(spared):
             layer.__class__ = twins[type(layer)]  # the same object, wherever it is held
-            layer._make_stochastic(noise, local, log_alpha, max_log_alpha)
+            layer._make_stochastic(**options)
     return module
 
 
@@ -273,9 +242,9 @@ def sample_weights(model, draw=True):
 
 @contextlib.contextmanager
 def bn_recalibrated(model, batches, draw):
-    """A context with the model in eval() and its batch-norm statistics estimated on `batches`.
+    """A context with the model in eval() and batch-norm statistics of these batches, then restored.
 
-    draw: sample the weights, for each batch anew, or use the means. Restored on leaving.
+    draw: sample the weights, for each batch anew, or use the means.
     """
     running = [(m, m.running_mean.clone(), m.running_var.clone()) for m in model.modules()
                if getattr(m, "running_mean", None) is not None]
@@ -315,9 +284,9 @@ def beta_at(t, beta, peak):
 
 
 @torch.no_grad()
-def predict(model, x, batch=100):
+def predict(model, x):
     """model(x), in batches."""
-    return torch.cat([model(part) for part in x.split(batch)])
+    return torch.cat([model(part) for part in x.split(100)])
 
 
 def accuracy(logits, labels):
@@ -329,19 +298,18 @@ def accuracy(logits, labels):
 def evaluate(model, x, y, x_test, y_test):
     """Accuracies, and nats per training sample, with recalibrated batch norm: dict of floats.
 
-    Of sampled weights, resampled over at least 2,000 training images; *_mean and test_acc: of the
-    means.
+    Of sampled weights, over at least 2,000 training images; *_mean and test_acc: of the means.
     """
     passes = max(1, 2000 // len(x))
     with bn_recalibrated(model, x.split(100) * passes, draw=True):
         logits, labels = torch.cat([predict(model, x) for _ in range(passes)]), y.repeat(passes)
         test_sampled = accuracy(predict(model, x_test), y_test)
     with bn_recalibrated(model, x.split(100), draw=False):
-        train_mean = accuracy(predict(model, x), y)
-        test_mean = accuracy(predict(model, x_test), y_test)
-    return {"train_acc": accuracy(logits, labels), "train_acc_mean": train_mean,
-            "test_acc": test_mean, "test_acc_sampled": test_sampled,
-            "cross_entropy": F.cross_entropy(logits, labels).item()}
+        return {"train_acc": accuracy(logits, labels),
+                "train_acc_mean": accuracy(predict(model, x), y),
+                "test_acc": accuracy(predict(model, x_test), y_test),
+                "test_acc_sampled": test_sampled,
+                "cross_entropy": F.cross_entropy(logits, labels).item()}
 
 
 @torch.no_grad()
@@ -362,7 +330,7 @@ def evaluate_as_trained(model, batch, x, y):
 def weight_information(model):
     """Information in the weights of a model's stochastic layers: 0-d tensor, nats.
 
-    Parameters without noise are not counted, tied weights once. ValueError if none has noise.
+    Tied weights count once. ValueError if there is no stochastic layer.
     """
     layers = {id(m.weight): m for m in model.modules()
               if isinstance(getattr(m, "log_sigma2", None), nn.Parameter)}
@@ -374,9 +342,9 @@ def weight_information(model):
 def ib_loss(logits, target, model, beta, n):
     """Information Lagrangian per sample (eq. 3): cross-entropy + beta/n * I(w;D), nats.
 
-    logits: (batch, classes). target: classes (batch,), or 0/1 attributes like logits, over which
-    the nats are summed. n: number of training samples. Returns (loss, cross_entropy, information),
-    0-d tensors. ValueError if the model has no stochastic layer, beta < 0 or n < 1.
+    logits: (batch, classes). target: classes (batch,), or 0/1 attributes like logits, whose nats
+    are summed. n: number of training samples. Returns (loss, cross_entropy, information), 0-d.
+    ValueError if beta < 0, n < 1 or the model has no stochastic layer.
     """
     if not (beta >= 0 and n >= 1):
         raise ValueError(f"beta={beta} must be >= 0 and n={n}, the number of samples, >= 1")
@@ -393,7 +361,7 @@ def ib_loss(logits, target, model, beta, n):
 # === 3. Information estimators ============================
 
 def g(alpha):
-    """Capacity under log-normal noise: -log(1 - exp(-alpha))/2, nats per dimension (Prop. 5.2).
+    """Capacity per dimension under log-normal noise: -log(1 - exp(-alpha))/2 nats (Prop. 5.2).
 
     alpha: float or tensor. ValueError for alpha < 0.
     """
@@ -404,19 +372,16 @@ def g(alpha):
 
 
 def alpha_from_information(information, dim):
-    """The alpha of dim weights that hold `information` nats: exp(-2*information/dim).
-
-    From Prop. 4.1 with C = 0; the paper prints exp(-information/dim).
-    """
+    """The alpha of dim weights that hold these nats: exp(-2*information/dim) (Prop. 4.1, C = 0)."""
     return torch.exp(-2 * torch.as_tensor(information) / dim)
 
 
 def layer_information_bound(dim_z, alpha):
     """Upper bound dim_z * (g(alpha) + 1) on I(z;x) + TC(z) of a layer, nats (Prop. 5.2, Cor. 5.3).
 
-    alpha: float or (dim_z,), of log-normal noise; for Gaussian noise of variance a, log1p(a). For
-    unequal alphas in a unit, expm1(alpha_i) = sum_j expm1(alpha_ij) w_ij^2 / sum_j w_ij^2. Requires
-    centred, uncorrelated, non-zero inputs and independent noise.
+    For centred, uncorrelated, non-zero inputs. alpha: float or (dim_z,), of log-normal noise; for
+    Gaussian noise of variance a, log1p(a). If the weights of a unit differ in it: the alpha_i of
+    expm1(alpha_i) = sum_j expm1(alpha_ij) w_ij^2 / sum_j w_ij^2.
     """
     return dim_z * (g(alpha).mean() + 1)
 
@@ -424,10 +389,9 @@ def layer_information_bound(dim_z, alpha):
 def layer_information(weight, alpha, x):
     """I(z;x) + TC(z) of z = Wx with noise on its weights, from inputs x: 0-d, nats (Prop. 5.1).
 
-    weight: (out, in) means. alpha: (out, in) or float, as in layer_information_bound. x: (n, in).
-    Takes z and z|x as Gaussian, with noise independent between units; inf if some x is all zero.
+    weight: (out, in) means. alpha: (out, in) or float, as above. x: (n, in). Takes z and z|x as
+    Gaussian; inf if some x is all zero.
     """
-    x = torch.as_tensor(x)
     alpha = torch.as_tensor(alpha, dtype=weight.dtype, device=weight.device)
     noise = x**2 @ (torch.expm1(alpha) * weight**2).T
     signal = (x @ weight.T).var(0, correction=0)
@@ -437,9 +401,8 @@ def layer_information(weight, alpha, x):
 def flat_minimum_bound(weight, trace, beta):
     """Upper bound K/2 * (log|w|^2 + log tr H - log(K^2 beta)) on I~(w;D), nats (Prop. 4.3, C = 0).
 
-    At alpha_i = beta / (w_i^2 H_ii), optimal to second order, well below 1. weight: all K means.
-    trace: of the Hessian of the summed cross-entropy at a minimum. The paper prints a factor K too
-    many before the last log, and beta/2 for beta.
+    weight: all K means. trace: of the Hessian H of the summed cross-entropy at a minimum. At
+    alpha_i = beta / (w_i^2 H_ii), well below 1. README.md has the errata.
     """
     k = weight.numel()
     return 0.5 * k * (torch.log((weight**2).sum() * trace) - math.log(k**2 * beta))
@@ -451,9 +414,9 @@ LAMBDAS = tuple(0.5 + 2 ** (k / 2) for k in range(-6, 15))
 def pac_bayes_bound(loss, divergence, n, *, max_loss=math.log(10), delta=0.05, lambdas=LAMBDAS):
     """With probability 1 - delta, an upper bound on the test loss (McAllester 2013; eq. 7).
 
-    loss: mean over the n training samples, expected over the weights, of a loss from 0 to max_loss.
-    divergence: see prior_divergence. The least over lambdas (> 1/2), by a union bound; delta=1 with
-    one lambda is eq. 7 as printed. ValueError for impossible values.
+    loss: of n training samples and random weights, from 0 to max_loss, the mean. divergence: KL of
+    these weights from a prior that has not seen the samples, nats. The least over lambdas (> 1/2),
+    by a union bound. ValueError for impossible values.
     """
     if not (0 <= loss <= max_loss and divergence >= 0 and min(lambdas) > 0.5):
         raise ValueError(f"{loss=} must be 0 to {max_loss:g}, {divergence=} >= 0, lambdas > 1/2")
@@ -461,34 +424,10 @@ def pac_bayes_bound(loss, divergence, n, *, max_loss=math.log(10), delta=0.05, l
     return min((loss + lam * penalty) / (1 - 1 / (2 * lam)) for lam in lambdas)
 
 
-def prior_divergence(model, prior):
-    """KL(q(w|D) || p(w)) of Gaussian noise from a proper Gaussian prior: 0-d tensor, nats.
-
-    prior: a state_dict of the model that has not seen the samples. p(w) = N(prior weight, s^2),
-    s^2 the best of 1,000 values for each layer, at a cost of log 1000 nats. ValueError for
-    log-normal noise, or if anything without noise differs from the prior.
-    """
-    noisy = {f"{name}.".lstrip("."): m for name, m in model.named_modules()
-             if isinstance(getattr(m, "log_sigma2", None), nn.Parameter)}
-    if not noisy or any(m.noise != "gaussian" for m in noisy.values()):
-        raise ValueError("the model has no stochastic layer, or one with log-normal noise")
-    counted = {name + part for name in noisy for part in ("weight", "log_sigma2")}
-    if moved := [key for key, value in model.state_dict().items()
-                 if key not in counted and not torch.equal(value, prior[key])]:
-        raise ValueError(f"{', '.join(moved)}: without noise, and not as in the prior")
-    total = 0
-    for name, m in noisy.items():
-        square = torch.exp(m.log_sigma2) + (m.weight - prior[name + "weight"]) ** 2
-        log_s2 = (square.detach().mean().log() * 20).round().clamp(-799, 200) / 20
-        kl = 0.5 * (log_s2 - m.log_sigma2 + square / torch.exp(log_s2) - 1).sum()
-        total = total + math.log(1000) + kl
-    return total
-
-
 def label_information(logits, labels):
-    """H(y) - cross-entropy: on test data a lower bound on I(z;y); 0-d tensor, nats.
+    """H(y) - cross-entropy, on test data a lower bound on I(z;y): 0-d tensor, nats.
 
-    logits: (n, classes); labels: (n,), whose frequencies give H(y). Can be negative.
+    logits: (n, classes); labels: (n,), whose frequencies give H(y).
     """
     frequencies = torch.bincount(labels).double() / len(labels)
     return torch.special.entr(frequencies).sum() - F.cross_entropy(logits.double(), labels)
@@ -499,9 +438,9 @@ def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=
     """I(z;n) in nats from a discriminator that tells pairs from shuffled pairs (Sec. 6).
 
     discriminator(z, n) -> scores (len(z), len(n)) of all pairs of rows. `validation` pairs stop its
-    training once InfoNCE has not risen for `patience` steps; the last held_out pairs give floats:
-    plug_in, info_nce (lower bound, at most log held_out), donsker_varadhan (lower bound up to
-    sampling). ValueError: too few pairs, scores of another shape; FloatingPointError: not finite.
+    training once InfoNCE has not risen for `patience` steps; the last held_out give floats: plug_in
+    and the lower bounds info_nce (at most log held_out) and donsker_varadhan. ValueError: too few
+    pairs, scores of another shape; FloatingPointError: not finite.
     """
     z, n = z.detach(), n.detach()
     train = len(z) - validation - held_out
@@ -544,21 +483,20 @@ def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=
 
 def _ratio_estimates(scores):
     """The results of density_ratio_information, from scores (m, m), true pairs on the diagonal."""
-    m = len(scores)
-    true = scores.diagonal()
+    m, true = len(scores), scores.diagonal()
     on_diagonal = torch.eye(m, dtype=torch.bool, device=scores.device)
     off_diagonal = scores.masked_fill(on_diagonal, -math.inf).logsumexp(1)
     log_mean = off_diagonal.logsumexp(0) - math.log(m * (m - 1))
-    results = {"plug_in": true.mean(), "donsker_varadhan": true.mean() - log_mean,
-               "info_nce": (true - torch.logaddexp(true, off_diagonal)).mean() + math.log(m)}
-    return {name: value.item() for name, value in results.items()}
+    nce = (true - torch.logaddexp(true, off_diagonal)).mean() + math.log(m)
+    return {"plug_in": true.mean().item(), "info_nce": nce.item(),
+            "donsker_varadhan": (true.mean() - log_mean).item()}
 
 
 def total_correlation(z):
-    """TC(z) = KL(p(z) || prod_i p(z_i)) of a Gaussian with the samples' covariance: 0-d, nats.
+    """TC(z) = KL(p(z) || prod_i p(z_i)) of a Gaussian with the covariance of z: 0-d, nats.
 
-    z: (n, ...), flattened to (n, d), without constant components. Too high by about d^2/(4n).
-    ValueError unless n > d + 1.
+    z: (n, ...), flattened to (n, d), without constants. About d^2/(4n) too high; ValueError unless
+    n > d + 1.
     """
     z = z.detach().flatten(1).double()
     z = z[:, z.std(0) > 0]
@@ -569,27 +507,23 @@ def total_correlation(z):
 
 
 # === 4. Data ==============================================
-# Whole data sets, images uint8 (n, channels, height, width). Rows may be sorted by class: take N
-# with draw_subset.
+# Images are uint8 (n, channels, height, width). Rows may be sorted by class: take N by draw_subset.
 
 class DataError(OSError):
-    """A data set is missing, cannot be downloaded, or its file is damaged."""
+    """A data set is missing, too small, or its file is damaged."""
 
 
 ARRAYS = {  # file: {array: (shape of a row, largest value)}
-    "cifar10": {"x_train": ((32, 32, 3), 255), "y_train": ((), 9),
-                "x_test": ((32, 32, 3), 255), "y_test": ((), 9)},
-    "mnist": {"x_train": ((28, 28), 255), "y_train": ((), 9),
-              "x_test": ((28, 28), 255), "y_test": ((), 9)},
-    "celeba64": {"images": ((64, 64, 3), 255), "attrs": ((40,), 1), "partition": ((), 2)},
-}
+    name: {"x_train": (shape, 255), "y_train": ((), 9), "x_test": (shape, 255), "y_test": ((), 9)}
+    for name, shape in (("cifar10", (32, 32, 3)), ("mnist", (28, 28)))
+} | {"celeba64": {"images": ((64, 64, 3), 255), "attrs": ((40,), 1), "partition": ((), 2)}}
 
 
 def load_cifar10(data_dir="data"):
     """CIFAR-10: x_train uint8 (50000, 3, 32, 32), y_train int64, x_test (10000, ...), y_test.
 
-    From <data_dir>/cifar10.npz (arrays as in Keras), else torchvision's copy in data_dir, else its
-    download; these write the npz. DataError if all fail.
+    From <data_dir>/cifar10.npz, as Keras has it, else from torchvision's copy in data_dir or its
+    download, which then write it. DataError if all fail.
     """
     arrays = _load_arrays("cifar10", data_dir)
     return tuple(a.permute(0, 3, 1, 2) if a.dim() == 4 else a.long() for a in arrays.values())
@@ -604,31 +538,27 @@ def load_mnist(data_dir="data"):
 def load_celeba(data_dir="data"):
     """CelebA: images uint8 (n, 3, 64, 64), attrs uint8 (n, 40), attr_names, partition uint8 (n,).
 
-    The centre 148x148 of the aligned faces, resized. partition: 0 train, 1 validation, 2 test.
-    From celeba64.npz, images there (n, 64, 64, 3); see load_cifar10.
+    partition: 0 train, 1 validation, 2 test. From celeba64.npz, images there (n, 64, 64, 3), or as
+    in load_cifar10.
     """
     images, attrs, partition, names = _load_arrays("celeba64", data_dir).values()
     return images.permute(0, 3, 1, 2), attrs, names.tolist(), partition
 
 
 def _load_arrays(name, data_dir):
-    """The arrays of <data_dir>/<name>.npz as in ARRAYS, made from torchvision's data if need be."""
     path = Path(data_dir, f"{name}.npz")
     if not path.exists():
-        try:
-            arrays = _from_torchvision(name, str(data_dir))
-        except Exception as error:  # urllib, gdown, tar and md5 checks each raise their own
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            advice = f"put arrays {', '.join(ARRAYS[name])} there"
-            if name == "celeba64":
-                advice = ("pip install gdown (Google Drive has a daily quota), or unpack CelebA's "
-                          f"img_align_celeba.zip and .txt files in {path.parent}/celeba/")
-            raise DataError(f"no {path}, and the download failed ({reason}): {advice}; "
-                            "--scale demo needs no data") from error
         temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
         try:
-            np.savez(temporary, **arrays)
+            np.savez(temporary, **_from_torchvision(name, str(data_dir)))
             os.replace(temporary, path)
+        except Exception as error:  # urllib, gdown, tar and md5 checks each raise their own
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            advice = "--scale demo needs no data"
+            if name == "celeba64":
+                advice += (", or pip install gdown (with a daily quota), or unpack CelebA's "
+                           f"img_align_celeba.zip and .txt files in {path.parent}/celeba/")
+            raise DataError(f"no {path}, and the download failed ({reason}): {advice}") from error
         finally:
             temporary.unlink(missing_ok=True)
     try:
@@ -643,19 +573,16 @@ def _checked(name, file):
     """The arrays as uint8 tensors; ValueError that names one of wrong shape or values."""
     arrays, rows = {}, {}
     for key, (shape, largest) in ARRAYS[name].items():
-        array = file[key]
-        n = rows.setdefault(key.partition("_")[2], array.shape[:1])  # of train, test or all
-        keras = array.shape == (*n, 1, *shape)  # its labels are (n, 1)
-        if array.dtype.kind not in "ui" or array.shape != (*n, *shape) and not keras:
-            raise ValueError(f"{key} should be integers {(*n, *shape)}, found {array.dtype} "
-                             f"{array.shape}")
-        if array.min() < 0 or array.max() > largest:
-            raise ValueError(f"{key} should be 0 to {largest}, found {array.min()} to "
-                             f"{array.max()}")
-        arrays[key] = torch.from_numpy(array.reshape(*n, *shape).astype(np.uint8))
+        array = file[key].ravel() if key.startswith("y_") else file[key]  # Keras's are (n, 1)
+        n = rows.setdefault(key.partition("_")[2], len(array))  # of train, test or all
+        if (array.dtype.kind not in "ui" or array.shape != (n, *shape)
+                or array.min() < 0 or array.max() > largest):
+            raise ValueError(f"{key} ({array.dtype} {array.shape}) should be integers "
+                             f"{(n, *shape)} from 0 to {largest}")
+        arrays[key] = torch.from_numpy(array.astype(np.uint8))
     if name == "celeba64":
         arrays["attr_names"] = file["attr_names"]
-        if arrays["attr_names"].shape != (40,):
+        if len(arrays["attr_names"]) != 40:
             raise ValueError("attr_names should be 40 names")
     return arrays
 
@@ -663,29 +590,18 @@ def _checked(name, file):
 def _from_torchvision(name, data_dir):
     """The arrays of torchvision's copy in data_dir, else of its download."""
     from torchvision import datasets, transforms
+    print(f"no {name}.npz in {data_dir}, trying torchvision's copy or its download", flush=True)
+    if name != "celeba64":
+        parts = [getattr(datasets, name.upper())(data_dir, train, download=True)
+                 for train in (True, False)]
+        arrays = [np.asarray(a) for part in parts for a in (part.data, part.targets)]
+        return dict(zip(ARRAYS[name], arrays))
     crop = transforms.Compose([transforms.CenterCrop(148), transforms.Resize((64, 64))])
-
-    def parts(download):
-        if name == "celeba64":
-            return [datasets.CelebA(data_dir, "all", transform=crop, download=download)]
-        kind = getattr(datasets, name.upper())
-        return [kind(data_dir, train, download=download) for train in (True, False)]
-
-    try:
-        data, *test = parts(download=False)
-    except (RuntimeError, OSError):  # how torchvision says that it has no copy
-        print(f"no {name}.npz in {data_dir}, trying torchvision's download", flush=True)
-        data, *test = parts(download=True)
-    if test:
-        arrays = data.data, data.targets, test[0].data, test[0].targets
-        return {key: np.asarray(a, np.uint8) for key, a in zip(ARRAYS[name], arrays)}
-    images = np.empty((len(data), 64, 64, 3), np.uint8)
-    for i in range(len(data)):
-        images[i] = np.asarray(data[i][0])
+    faces = datasets.CelebA(data_dir, "all", transform=crop, download=True)
     partition = np.loadtxt(Path(data_dir, "celeba", "list_eval_partition.txt"), np.uint8, usecols=1)
-    names = [name for name in data.attr_names if name]  # the file's header ends in a blank
-    return {"images": images, "attrs": np.asarray(data.attr, np.uint8), "partition": partition,
-            "attr_names": np.asarray(names)}
+    return {"images": np.stack([np.asarray(faces[i][0]) for i in range(len(faces))]),
+            "attrs": np.asarray(faces.attr, np.uint8), "partition": partition,
+            "attr_names": np.asarray(faces.attr_names[:40])}  # its header ends in a blank
 
 
 def channel_statistics(images):
@@ -700,10 +616,9 @@ def channel_statistics(images):
 
 @functools.lru_cache(maxsize=1)
 def load_images(dataset, data_dir, n_train, n_test):
-    """(x_train, y_train, x_test, y_test, mean, std), read once per process.
+    """(x_train, y_train, x_test, y_test, *channel_statistics(x_train)), read once per process.
 
-    dataset: "cifar10", "mnist", or synthetic "objects", "digits", n_train and n_test of them. mean
-    and std: channel_statistics of x_train.
+    dataset: "cifar10", "mnist", or "objects" or "digits", synthetic, n_train and n_test of them.
     """
     if dataset in ("objects", "digits"):
         draw = synthetic_objects if dataset == "objects" else synthetic_digits
@@ -714,7 +629,7 @@ def load_images(dataset, data_dir, n_train, n_test):
 
 
 def draw_subset(x, y, n, generator):
-    """n of the pairs (x, y), a seeded draw without repetition. DataError if there are fewer."""
+    """n of the pairs (x, y), drawn without repetition. DataError if there are fewer."""
     if n > len(x):
         raise DataError(f"{n} images are needed, the data set has {len(x)}")
     index = torch.randperm(len(x), generator=generator)[:n]
@@ -728,21 +643,16 @@ def normalise(images, mean, std, size):
     return ((crop.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def corrupt_labels(labels, fraction, num_classes, generator, kind="uniform"):
-    """A copy of labels (n,) with exactly round(fraction*n) of them, at random, corrupted.
+def corrupt_labels(labels, fraction, num_classes, generator):
+    """A copy of labels (n,) with exactly round(fraction*n) of them resampled over all classes.
 
-    kind: "uniform", resampled over all classes, or "pair", the next class. ValueError for others.
+    labels and generator are on the same device. ValueError for an impossible fraction.
     """
-    if not 0 <= fraction <= 1 or kind not in ("uniform", "pair"):
-        raise ValueError(f"fraction={fraction} must be from 0 to 1, kind={kind!r} uniform or pair")
-    device, count = generator.device, round(fraction * len(labels))
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction={fraction} must be from 0 to 1")
+    corrupted, count, device = labels.clone(), round(fraction * len(labels)), labels.device
     index = torch.randperm(len(labels), generator=generator, device=device)[:count]
-    index, corrupted = index.to(labels.device), labels.clone()
-    if kind == "pair":
-        new = (labels[index] + 1) % num_classes
-    else:
-        new = torch.randint(num_classes, (count,), generator=generator, device=device)
-    corrupted[index] = new.to(labels)
+    corrupted[index] = torch.randint(num_classes, (count,), generator=generator, device=device)
     return corrupted
 
 
@@ -807,10 +717,7 @@ def _draw_in_chunks(draw, n, seed):
 
 
 def synthetic_objects(n, seed=0):
-    """Coloured shapes on textured grounds: uint8 (n, 3, 32, 32), labels int64 (n,), ten classes.
-
-    Position, size, rotation, colours and texture vary independently. In the place of CIFAR-10.
-    """
+    """Coloured shapes on textures: uint8 (n, 3, 32, 32), labels int64 (n,). For CIFAR-10."""
     def draw(rng, n):
         labels = torch.randint(10, (n,), generator=rng)
         x, y = _local_grid(rng, n, 32, 0.35, math.pi, (0.45, 0.8))
@@ -872,14 +779,13 @@ def synthetic_digits(n, seed=0):
 def synthetic_faces(n, seed=0):
     """Cartoon faces: uint8 (n, 3, 64, 64), attributes uint8 (n, 6), factors {name: int64 (n,)}.
 
-    FACE_ATTRIBUTES tell some of the FACE_FACTORS, which are independent. Light, texture and the
-    head's size, tilt and position vary too. In the place of CelebA.
+    FACE_ATTRIBUTES tell some of the FACE_FACTORS, which are independent. For CelebA.
     """
     def draw(rng, n):
-        codes = [torch.randint(k, (n,), generator=rng) for k in FACE_FACTORS.values()]
-        factor = {name: code.view(n, 1, 1) for name, code in zip(FACE_FACTORS, codes)}
-        hair, skin, canvas = (torch.tensor(FACE_COLOURS[name])[factor[name].flatten()]
-                              .view(n, 3, 1, 1) for name in FACE_COLOURS)
+        codes = torch.stack([torch.randint(k, (n,), generator=rng) for k in FACE_FACTORS.values()])
+        factor = dict(zip(FACE_FACTORS, codes.view(-1, n, 1, 1)))
+        hair, skin, canvas = (torch.tensor(colours)[factor[name].flatten()].view(n, 3, 1, 1)
+                              for name, colours in FACE_COLOURS.items())
         canvas = canvas + 0.12 * _smooth_field(rng, n, 3, 3, 64)
         u, v = _local_grid(rng, n, 64, 0.06, 0.12, (0.9, 1.02))  # frame of the head, v downwards
         x, style = u - 0.055 * (factor["pose"] - 2), factor["hair_style"]
@@ -896,7 +802,7 @@ def synthetic_faces(n, seed=0):
         _paint(canvas, 0.1, (eyes - 0.14).abs() - 0.02, factor["glasses"])
         _paint(canvas, 0.5 * skin, torch.maximum(mouth, x.abs() - 0.17))
         canvas = canvas * _uniform(rng, 0.6, 1.15, n, 1, 1, 1)
-        return canvas + 0.02 * torch.randn(canvas.shape, generator=rng), torch.stack(codes, 1)
+        return canvas + 0.02 * torch.randn(canvas.shape, generator=rng), codes.T
     images, codes = _draw_in_chunks(draw, n, seed)
     hair, _, skin, glasses, smile, beard, *_ = codes.T
     attributes = [hair == 0, hair == 2, skin >= 2, glasses, smile == 2, beard]
@@ -904,8 +810,8 @@ def synthetic_faces(n, seed=0):
 
 
 # === 5. Running a grid ====================================
-# A figure is a grid of cells. A cell is one training run, a dict of what sets it apart, such as
-# {"n": 300, "beta": 0.1}. Finished cells are lines of <out>/<figure>-<scale>.jsonl.
+# A cell is one training run, a dict of what sets it apart, such as {"n": 300, "beta": 0.1}; when
+# finished, a row of <out>/<figure>-<scale>.jsonl.
 
 @contextlib.contextmanager
 def _user_errors():
@@ -913,21 +819,21 @@ def _user_errors():
     try:
         yield
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 @_user_errors()
-def parse_args(doc, datasets, seeds, argv=None):
-    """Read the command line shared by all scripts; doc is the script's docstring, for --help.
+def parse_args(doc, datasets, seeds):
+    """Read the command line shared by all scripts; doc: the script's docstring, for --help.
 
-    datasets: {scale: names}, the first is the default. seeds: {scale: list}. Returns a namespace of
-    the options, device for gpu, and figure. Bad values: one line on stderr, exit status 2.
+    datasets: {scale: names}, the default first. seeds: {scale: list}. Returns a namespace of the
+    options, device and figure. Bad values: one line on stderr, exit status 2.
     """
-    def whole(text, low=0):
-        if text.isdecimal() and low <= int(text) < 2**63:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} up")
+    def number(text):
+        if not text.isdecimal() or int(text) >= 2**63:
+            raise ValueError
+        return int(text)
 
     def shard(text):
         part, parts = map(int, text.split("/"))
@@ -941,17 +847,18 @@ def parse_args(doc, datasets, seeds, argv=None):
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=layout, allow_abbrev=False)
     parser.error, add = error, parser.add_argument
-    add("--gpu", type=whole, metavar="0", help="index of the GPU")
+    add("--gpu", type=number, help="index of the GPU")
     add("--scale", choices=list(datasets), help="default: paper on a GPU, else cpu")
     add("--dataset", help=f"one of {datasets}")
-    add("--data-dir", type=Path, default=Path("data"), help="folder of the data sets (data)")
-    add("--out", type=Path, default=Path("results"), help="folder of rows and plots (results)")
-    add("--seeds", type=whole, nargs="+", metavar="0", help="run each cell once per seed")
-    add("--jobs", type=lambda text: whole(text, 1), metavar="K",
-        help="cells trained at once; default: 1 on a GPU, else one per core")
-    add("--shard", type=shard, metavar="I/N", help="every N-th cell, from the I-th")
+    add("--data-dir", type=Path, default="data", help="folder of the data sets (data)")
+    add("--out", type=Path, default="results", help="folder of rows and plots (results)")
+    add("--seeds", type=number, nargs="+", help="run each cell once per seed")
+    add("--jobs", type=number, help="cells trained at once (1 on a GPU, else one per core)")
+    add("--shard", type=shard, default="1/1", help="I/N: every N-th cell, from the I-th")
     add("--plot-only", action="store_true", help="only draw the rows there are")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
+    if args.jobs == 0:
+        error("--jobs 0: at least 1 is needed")
     args.device = _device(args.gpu)
     on_cpu = args.device.type == "cpu"
     args.scale = args.scale or ("cpu" if on_cpu else "paper")
@@ -977,35 +884,18 @@ def _device(gpu):
 
 
 @_user_errors()
-def run_grid(cells, train_cell, args, settings, prepare=None):
-    """Train every cell (dict) that has no row yet, for each seed; return all finished rows.
+def run_grid(cells, train_cell, args, settings, prepare):
+    """Train every cell (dict) that has no row yet, for each seed or its own; return all rows.
 
-    train_cell(cell, device, args, progress) returns a dict of what was measured. A cell gets a key
-    "seed"; one that has it runs for that seed only. progress(step, steps, loss) raises
-    FloatingPointError for a non-finite loss: "diverged". settings: what cells are trained with;
-    rows of others do not count. prepare(args): called before training, to load data.
-
-    Rows are JSON lines, each appended in one write: figure, scale, dataset, status ("ok" or
-    "diverged"), device, torch, git, settings, seconds, the cell's keys, what was measured. Numbers
-    do not depend on --jobs. Ctrl-C: exit status 130. OSError: one line, status 2.
+    train_cell(cell, device, args, progress) returns what was measured (dict). progress(step, steps,
+    loss) ends a cell whose loss is not finite. settings: rows of others do not count. prepare(args)
+    is called before training. Rows, one JSON line each: figure, scale, dataset, status ("ok" or
+    "diverged"), device, torch, git, settings, seconds, the cell's keys, what was measured.
     """
-    try:
-        rows = _run_missing_cells(cells, train_cell, args, settings, prepare)
-    except KeyboardInterrupt:
-        print(f"\nstopped: finished cells are saved in {args.out}; the same command continues",
-              file=sys.stderr)
-        raise SystemExit(130) from None
-    if not ok_rows(rows):
-        raise OSError(f"no finished row of {args.figure} --scale {args.scale} --dataset "
-                      f"{args.dataset} with the present settings in {args.out}")
-    return rows
-
-
-def _run_missing_cells(cells, train_cell, args, settings, prepare):
     cells = [cell | {"seed": seed} for seed in args.seeds for cell in cells
              if cell.get("seed", seed) == seed]
     names = sorted({name for cell in cells for name in cell})
-    part, parts = args.shard or (1, 1)
+    part, parts = args.shard
     cells = cells[part - 1::parts]
     on_cpu = args.device.type == "cpu"
     head = {"figure": args.figure, "scale": args.scale, "dataset": args.dataset, "status": "ok",
@@ -1014,7 +904,7 @@ def _run_missing_cells(cells, train_cell, args, settings, prepare):
             "settings": json.loads(json.dumps(settings))}  # tuples are lists, as in the rows
 
     def key(row):
-        return json.dumps([row.get(name) for name in names])
+        return tuple(map(row.get, names))
 
     def counted(rows):  # of rows that stand twice, one
         return {key(row): row for row in rows if row["settings"] == head["settings"]}
@@ -1025,33 +915,43 @@ def _run_missing_cells(cells, train_cell, args, settings, prepare):
     print(f"{args.figure}: device {head['device']}, scale {args.scale}, data {args.dataset}, "
           f"{len(cells)} cells, {len(cells) - len(todo)} done, commit {head['git']}")
     if others := sum(row["settings"] != head["settings"] for row in found):
-        print(f"{others} rows in {args.out} were made under other settings: left aside")
+        print(f"{others} rows in {args.out} have other settings: left aside")
     if args.plot_only or not todo:
         print("redrawing; to train again, add --out elsewhere", flush=True)
-        return list(rows.values())
-    shard = f".{part}-of-{parts}" if args.shard else ""
-    path = args.out / f"{args.figure}-{args.scale}{shard}.jsonl"
+    else:
+        try:
+            _train(todo, train_cell, args, head, prepare)
+        except KeyboardInterrupt:
+            print(f"\nstopped: {args.out} has the finished cells, the same command goes on",
+                  file=sys.stderr)
+            raise SystemExit(130) from None
+        rows = counted(read_rows(args))
+    if not ok_rows(rows.values()):
+        raise OSError(f"no finished row of {args.figure} --scale {args.scale} --dataset "
+                      f"{args.dataset} with the present settings in {args.out}")
+    return list(rows.values())
+
+
+def _train(todo, train_cell, args, head, prepare):
+    part, parts = args.shard
+    shard = f".{part}-of-{parts}" if parts > 1 else ""
     args.out.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as file:
+    path = args.out / f"{args.figure}-{args.scale}{shard}.jsonl"
+    with open(path, "a") as file:
         if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
-            file.write(b"\n")  # ends a line that a crash left unfinished
-        if prepare:
-            prepare(args)
+            print(file=file)  # ends a line that a crash left unfinished
+        prepare(args)
         started = time.monotonic()
         with contextlib.closing(_finished_cells(todo, train_cell, args)) as finished:
             for count, (cell, result, seconds) in enumerate(finished, 1):
                 row = head | {"seconds": round(seconds, 1)} | cell | result
-                line = (json.dumps(row) + "\n").encode()
-                if file.write(line) != len(line) or not path.exists():
-                    raise OSError(f"{path}: a row was lost, is the disk full or the file removed?")
+                print(json.dumps(row), file=file, flush=True)
                 os.fsync(file.fileno())
-                shown = " ".join(f"{key} {value:.4f}" for key, value in result.items()
-                                 if key.endswith("acc") and isinstance(value, float))
+                shown = " ".join(f"{name} {value:.3f}" for name, value in result.items()
+                                 if name.endswith("acc") and value is not None)
                 minutes = (time.monotonic() - started) / 60
-                left = minutes / count * (len(todo) - count)
-                print(f"{count:4d}/{len(todo)} {cell} {row['status']} {shown} {minutes:.1f} min, "
-                      f"{left:.1f} to go", flush=True)
-    return list(counted(read_rows(args)).values())
+                print(f"{count}/{len(todo)} {cell} {row['status']} {shown} {minutes:.1f} min, "
+                      f"{minutes / count * (len(todo) - count):.1f} to go", flush=True)
 
 
 def read_rows(args):
@@ -1064,8 +964,7 @@ def read_rows(args):
             try:
                 row = json.loads(line)
                 kind = row["figure"], row["scale"], type(row["seed"]), type(row["settings"])
-                torn = not line.endswith("\n")
-                if torn or kind != wanted or row["status"] not in ("ok", "diverged"):
+                if kind != wanted or row["status"] not in ("ok", "diverged") or line[-1] != "\n":
                     raise ValueError
                 if row["dataset"] == args.dataset:
                     rows.append(row)
@@ -1131,14 +1030,10 @@ def _set_up_worker():
 
 def _git_revision():
     """Commit of this folder, "-dirty" if its Python files differ; "unknown" outside git."""
-    def git(command):
-        return subprocess.check_output(["git", *command.split()], cwd=Path(__file__).parent,
-                                       stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
-    try:
-        changes = git("status --porcelain -- *.py")
-        return git("rev-parse --short HEAD") + ("-dirty" if changes else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+    git = f'git -C "{Path(__file__).parent}" '
+    failed, commit = subprocess.getstatusoutput(git + "rev-parse --short HEAD")
+    changes = subprocess.getoutput(git + 'status --porcelain -- "*.py"')
+    return "unknown" if failed else commit + ("-dirty" if changes else "")
 
 
 def minibatches(n, batch, device):
@@ -1156,9 +1051,9 @@ def ok_rows(rows, **where):
 
 def complete_seeds(rows, cells):
     """The rows of these cells (dicts), of the seeds for which none is missing or diverged."""
-    have = {seed: [ok_rows(rows, seed=seed, **cell) for cell in cells]
-            for seed in sorted({row["seed"] for row in rows})}
-    return [row for found in have.values() if all(found) for some in found for row in some]
+    seeds = sorted({row["seed"] for row in rows})
+    by_seed = [[ok_rows(rows, seed=seed, **cell) for cell in cells] for seed in seeds]
+    return [row for found in by_seed if all(found) for some in found for row in some]
 
 
 def summarise(rows, x, y, **where):
@@ -1181,7 +1076,7 @@ def crossing(points, level):
 def per_seed(function, rows):
     """function(rows of one seed) for each seed: array."""
     seeds = sorted({row["seed"] for row in rows})
-    return np.array([function([row for row in rows if row["seed"] == seed]) for seed in seeds])
+    return np.array([function(ok_rows(rows, seed=seed)) for seed in seeds])
 
 
 def fmt(values, form="{:.2f}"):
@@ -1212,14 +1107,12 @@ def plot_points(ax, points, fmt="o-", **style):
 
 @_user_errors()
 def save_figure(fig, args):
-    """Write <out>/<figure>-<scale>.png (150 dpi) and .pdf, each in one step."""
-    for ending in ("png", "pdf"):
-        path = args.out / f"{args.figure}-{args.scale}.{ending}"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        fig.savefig(temporary, dpi=150, format=ending)
+    """Write <out>/<figure>-<scale>.png and .pdf."""
+    path = args.out / f"{args.figure}-{args.scale}"
+    for ending in (".png", ".pdf"):
+        fig.savefig(f"{path}{ending}", dpi=150)
         fig.set_layout_engine("none")  # keep the layout: finding it is half of the time
-        os.replace(temporary, path)
-    print(f"plot: {path.with_suffix('.png')} and .pdf", flush=True)
+    print(f"plot: {path}.png and .pdf", flush=True)
 
 
 def claim(sentence, paper, ours, holds):
@@ -1231,18 +1124,18 @@ def claim(sentence, paper, ours, holds):
 def save_tables(args, **tables):
     """Print tables, {title: list of dicts}, and write them to <out>/<figure>-<scale>.md.
 
-    They also replace what is in <out>/README.md between <!-- FIGURE-SCALE --> and <!-- end -->.
+    And between <!-- FIGURE-SCALE --> and <!-- end --> in <out>/README.md, if it has them.
     """
     text, stem = "", f"{args.figure}-{args.scale}"
     for title, table in tables.items():
-        lines = [list(table[0]), ["---"] * len(table[0])] if table else []
-        lines += [row.values() for row in table]
-        body = "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
-        text += f"{title.replace('_', ' ')}:\n\n{body}\n" if table else ""
+        if table:
+            lines = [table[0], ["---"] * len(table[0]), *(row.values() for row in table)]
+            body = "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+            text += f"{title}:\n\n{body}\n"
     print("\n" + text, end="")
     (args.out / f"{stem}.md").write_text(text, encoding="utf-8")
-    page, start, end = args.out / "README.md", f"<!-- {stem} -->\n", "<!-- end -->"
-    if page.exists() and start in (old := page.read_text(encoding="utf-8")):
-        before, _, after = old.partition(start)
-        new = before + start + "\n" + text + end + after.partition(end)[2]
-        page.write_text(new, encoding="utf-8")
+    page = args.out / "README.md"
+    if page.exists():
+        block = re.compile(f"(<!-- {stem} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+        old = page.read_text(encoding="utf-8")
+        page.write_text(block.sub(lambda match: f"{match[1]}\n{text}", old), encoding="utf-8")

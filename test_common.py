@@ -26,6 +26,7 @@ import torch.nn.functional as F
 import torchvision
 
 import common
+from beyond.proper_prior import prior_divergence
 from common import (
     DataError,
     StochasticConv2d,
@@ -49,7 +50,6 @@ from common import (
     load_mnist,
     minibatches,
     pac_bayes_bound,
-    prior_divergence,
     sample_weights,
     synthetic_digits,
     synthetic_faces,
@@ -171,7 +171,7 @@ def test_gradients_of_the_noise_are_those_of_the_formulas():
     assert beyond.grad.item() == pytest.approx(0.5 * math.exp(0.5 * common.MAX_LOG_SIGMA2))
 
 
-@pytest.mark.parametrize("noise, local", NOISES)
+@pytest.mark.parametrize("noise, local", [("lognormal", True), ("lognormal", False)])
 def test_a_cap_on_alpha_holds_in_value_and_lets_the_gradient_pass(noise, local):
     layer = StochasticLinear(5, 3, noise=noise, local=local, log_alpha=4.0, max_log_alpha=0.5)
     capped = StochasticLinear(5, 3, noise=noise, local=local, max_log_alpha=0.5)
@@ -955,29 +955,23 @@ def test_load_images_draws_different_test_images_and_takes_statistics_of_the_tra
     assert len(x) == 4 and (x_test == 0).all() and (x != 0).any()
 
 
-def test_look_up_goes_from_npz_to_torchvisions_copy_to_download(tmp_path, monkeypatch):
+def test_look_up_goes_from_npz_to_torchvision_which_downloads_if_it_has_no_copy(
+    tmp_path, monkeypatch
+):
     calls = []
 
     class FakeCIFAR10:
         def __init__(self, root, train, download):
             calls.append((train, download))
-            if not download and not (tmp_path / "copy").exists():
-                raise RuntimeError(
-                    "Dataset not found or corrupted. You can use download=True to download it"
-                )
             arrays = cifar_arrays()
             self.data, self.targets = arrays["x_train"], arrays["y_train"].ravel().tolist()
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", FakeCIFAR10)
     x, *_ = load_cifar10(tmp_path)
-    assert calls == [(True, False), (True, True), (False, True)]
+    assert calls == [(True, True), (False, True)]
     assert os.listdir(tmp_path) == ["cifar10.npz"]  # written in one step, nothing left over
     again, *_ = load_cifar10(tmp_path)
-    assert torch.equal(x, again) and len(calls) == 3
-    (tmp_path / "cifar10.npz").unlink()
-    (tmp_path / "copy").touch()
-    load_cifar10(tmp_path)
-    assert calls[3:] == [(True, False), (False, False)]
+    assert torch.equal(x, again) and len(calls) == 2
 
 
 def test_celeba_is_cropped_and_cached(tmp_path, monkeypatch):
@@ -1073,12 +1067,9 @@ def test_corrupt_labels_corrupts_exactly_that_fraction():
         corrupt_labels(labels, 0.5, 10, torch.Generator().manual_seed(s)) >= 0 for s in (1, 2)
     )
     assert 400 < (one ^ two).sum() < 600 and 200 < one[:500].sum() < 300  # at random positions
-    digits = torch.arange(1000) % 10
-    pairs = corrupt_labels(digits, 0.3, 10, torch.Generator().manual_seed(0), kind="pair")
-    assert set((pairs - digits).remainder(10).tolist()) == {0, 1} and (pairs != digits).sum() == 300
-    for fraction, kind in ((1.5, "uniform"), (-0.1, "uniform"), (0.5, "flip")):
+    for fraction in (1.5, -0.1):
         with pytest.raises(ValueError):
-            corrupt_labels(labels, fraction, 10, torch.Generator(), kind)
+            corrupt_labels(labels, fraction, 10, torch.Generator())
 
 
 def test_add_clutter_pastes_squares_and_returns_their_mask():

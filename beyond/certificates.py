@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
+from beyond.proper_prior import prior_divergence
 from common import (claim, complete_seeds, draw_subset, fmt, load_images, lr_factor, minibatches,
                     new_figure, normalise, ok_rows, pac_bayes_bound, param_groups, parse_args,
-                    per_seed, prior_divergence, run_grid, sample_weights, save_figure, save_tables)
+                    per_seed, run_grid, sample_weights, save_figure, save_tables)
 from fig1_phase_transition import DATASETS, small_alexnet
 
 # prior_steps: of the prior that has seen half of the samples. draws: of weights and samples.
