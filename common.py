@@ -117,14 +117,16 @@ class _StochasticWeight:
 
     sampling = None  # draw noise? None: in train() only. Set by sample_weights().
 
-    def __init__(self, *args, noise="gaussian", local=None, log_alpha=-6.0, max_log_alpha=1.0,
+    def __init__(self, *args, noise="gaussian", local=None, log_alpha=-6.0, max_log_alpha=None,
                  **kwargs):
         super().__init__(*args, **kwargs)
         self._make_stochastic(noise, local, log_alpha, max_log_alpha)
 
-    def _make_stochastic(self, noise="gaussian", local=None, log_alpha=-6.0, max_log_alpha=1.0):
+    def _make_stochastic(self, noise="gaussian", local=None, log_alpha=-6.0, max_log_alpha=None):
         if noise not in ("gaussian", "lognormal"):
             raise ValueError(f"noise={noise!r}: choose 'gaussian' or 'lognormal'")
+        if max_log_alpha is None and noise == "lognormal":
+            max_log_alpha = 1.0
         self.noise, self.max_log_alpha = noise, max_log_alpha
         self.local = isinstance(self, nn.Linear) if local is None else local
         self.log_sigma2 = nn.Parameter(torch.empty_like(self.weight, requires_grad=False))
@@ -134,12 +136,19 @@ class _StochasticWeight:
     def log_alpha(self):
         """log alpha of every weight. Assign a float or a tensor."""
         log_alpha = _at_least_float32(self.log_sigma2) - _log_square(self.weight)
-        return log_alpha.clamp(max=self.max_log_alpha) if self.noise == "lognormal" else log_alpha
+        return log_alpha if self.max_log_alpha is None else log_alpha.clamp(max=self.max_log_alpha)
 
     @log_alpha.setter
     def log_alpha(self, value):
         with torch.no_grad():
             self.log_sigma2.copy_(value + _log_square(self.weight))
+
+    def _capped_log_sigma2(self):
+        """log sigma^2 under the cap on log alpha, in value but not in gradient."""
+        if self.max_log_alpha is None:
+            return self.log_sigma2
+        log_alpha = _at_least_float32(self.log_sigma2) - _log_square(self.weight)
+        return self.log_sigma2 - F.relu(log_alpha - self.max_log_alpha).detach()
 
     def information(self):
         """Upper bound I~(w;D) on the information in this layer's weights: 0-d tensor, nats.
@@ -147,22 +156,25 @@ class _StochasticWeight:
         Sum of KLs from the log-uniform prior (Prop. 4.1), with C such that a weight at the largest
         alpha (infinity, or the cap) holds zero nats. Gaussian: to 0.0095 nats per weight.
         """
-        if self.noise == "gaussian":
-            return _GaussianKL.apply(self.weight, self.log_sigma2)
-        return 0.5 * (self.max_log_alpha - self.log_alpha).sum()
+        if self.noise == "lognormal":
+            return 0.5 * (self.max_log_alpha - self.log_alpha).sum()
+        kl = _GaussianKL.apply(self.weight, self._capped_log_sigma2())
+        if self.max_log_alpha is None:
+            return kl
+        at_cap = gaussian_kl(torch.tensor(float(self.max_log_alpha)))
+        return kl - self.weight.numel() * at_cap.item()
 
     def _apply_noisy(self, linear, x):
         """linear(x, weight, bias), the layer's own map, with noise on the weights if it is on."""
         if not (self.training if self.sampling is None else self.sampling):
             return linear(x, self.weight, self.bias)
-        if self.noise == "lognormal":  # the cap holds in value, not in gradient
-            log_alpha = _at_least_float32(self.log_sigma2) - _log_square(self.weight)
-            log_sigma2 = self.log_sigma2 - F.relu(log_alpha - self.max_log_alpha).detach()
+        log_sigma2 = self._capped_log_sigma2()
+        if self.noise == "lognormal":
             alpha = torch.exp(_at_least_float32(log_sigma2) - _log_square(self.weight))
         if self.local:
             with torch.autocast(x.device.type, enabled=False):  # squares overflow half precision
                 if self.noise == "gaussian":
-                    variance = _CappedExp.apply(_at_least_float32(self.log_sigma2), 1.0)
+                    variance = _CappedExp.apply(_at_least_float32(log_sigma2), 1.0)
                 else:
                     variance = _at_least_float32(self.weight) ** 2 * torch.expm1(alpha)
                 wide = _at_least_float32(x)
@@ -170,7 +182,7 @@ class _StochasticWeight:
             return _GaussianNoise.apply(linear(x, self.weight, self.bias), variance)
         noise = torch.randn(self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
         if self.noise == "gaussian":
-            weight = torch.addcmul(self.weight, _CappedExp.apply(self.log_sigma2, 0.5), noise)
+            weight = torch.addcmul(self.weight, _CappedExp.apply(log_sigma2, 0.5), noise)
         else:
             log_eps = (alpha + 1e-30).sqrt() * noise - 0.5 * alpha
             weight = self.weight * torch.exp(log_eps).to(self.weight.dtype)
@@ -188,10 +200,10 @@ class _StochasticWeight:
 class StochasticLinear(_StochasticWeight, nn.Linear):
     """nn.Linear with multiplicative noise on its weights, one learned alpha each (Sec. 4).
 
-    noise="gaussian" or "lognormal" (of log alpha at most max_log_alpha=1). local=True, the default
-    here: sample the pre-activations of every example (Kingma et al. 2015; of log-normal noise mean
-    and variance are matched); False: one weight per forward. log_alpha=-6: the initial value.
-    train() draws noise, eval() uses the means. ValueError for an unknown noise.
+    noise="gaussian" or "lognormal". local=True, the default here: sample the pre-activations of
+    every example (Kingma et al. 2015; of log-normal noise mean and variance are matched); False:
+    one weight per forward. log_alpha=-6: initial value; max_log_alpha: its cap (None: 1 if
+    log-normal, else no cap). train() draws noise, eval() uses the means. ValueError: unknown noise.
     """
 
     def forward(self, x):
@@ -643,16 +655,21 @@ def normalise(images, mean, std, size):
     return ((crop.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def corrupt_labels(labels, fraction, num_classes, generator):
-    """A copy of labels (n,) with exactly round(fraction*n) of them resampled over all classes.
+def corrupt_labels(labels, fraction, num_classes, generator, kind="uniform"):
+    """A copy of labels (n,) with exactly round(fraction*n) of them, at random, corrupted.
 
-    labels and generator are on the same device. ValueError for an impossible fraction.
+    kind: "uniform", resampled over all classes, or "pair", the next class. ValueError for others.
     """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction={fraction} must be from 0 to 1")
-    corrupted, count, device = labels.clone(), round(fraction * len(labels)), labels.device
+    if not 0 <= fraction <= 1 or kind not in ("uniform", "pair"):
+        raise ValueError(f"fraction={fraction} must be from 0 to 1, kind={kind!r} uniform or pair")
+    device, count = generator.device, round(fraction * len(labels))
     index = torch.randperm(len(labels), generator=generator, device=device)[:count]
-    corrupted[index] = torch.randint(num_classes, (count,), generator=generator, device=device)
+    index, corrupted = index.to(labels.device), labels.clone()
+    if kind == "pair":
+        new = (labels[index] + 1) % num_classes
+    else:
+        new = torch.randint(num_classes, (count,), generator=generator, device=device)
+    corrupted[index] = new.to(labels)
     return corrupted
 
 
@@ -946,6 +963,8 @@ def _train(todo, train_cell, args, head, prepare):
             for count, (cell, result, seconds) in enumerate(finished, 1):
                 row = head | {"seconds": round(seconds, 1)} | cell | result
                 print(json.dumps(row), file=file, flush=True)
+                if not path.exists():
+                    raise OSError(f"{path} was removed")
                 os.fsync(file.fileno())
                 shown = " ".join(f"{name} {value:.3f}" for name, value in result.items()
                                  if name.endswith("acc") and value is not None)

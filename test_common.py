@@ -171,7 +171,7 @@ def test_gradients_of_the_noise_are_those_of_the_formulas():
     assert beyond.grad.item() == pytest.approx(0.5 * math.exp(0.5 * common.MAX_LOG_SIGMA2))
 
 
-@pytest.mark.parametrize("noise, local", [("lognormal", True), ("lognormal", False)])
+@pytest.mark.parametrize("noise, local", NOISES)
 def test_a_cap_on_alpha_holds_in_value_and_lets_the_gradient_pass(noise, local):
     layer = StochasticLinear(5, 3, noise=noise, local=local, log_alpha=4.0, max_log_alpha=0.5)
     capped = StochasticLinear(5, 3, noise=noise, local=local, max_log_alpha=0.5)
@@ -1067,9 +1067,12 @@ def test_corrupt_labels_corrupts_exactly_that_fraction():
         corrupt_labels(labels, 0.5, 10, torch.Generator().manual_seed(s)) >= 0 for s in (1, 2)
     )
     assert 400 < (one ^ two).sum() < 600 and 200 < one[:500].sum() < 300  # at random positions
-    for fraction in (1.5, -0.1):
+    digits = torch.arange(1000) % 10
+    pairs = corrupt_labels(digits, 0.3, 10, torch.Generator().manual_seed(0), kind="pair")
+    assert set((pairs - digits).remainder(10).tolist()) == {0, 1} and (pairs != digits).sum() == 300
+    for fraction, kind in ((1.5, "uniform"), (-0.1, "uniform"), (0.5, "flip")):
         with pytest.raises(ValueError):
-            corrupt_labels(labels, fraction, 10, torch.Generator())
+            corrupt_labels(labels, fraction, 10, torch.Generator(), kind)
 
 
 def test_add_clutter_pastes_squares_and_returns_their_mask():
