@@ -630,10 +630,10 @@ def channel_statistics(images):
 def load_images(dataset, data_dir, n_train, n_test):
     """(x_train, y_train, x_test, y_test, *channel_statistics(x_train)), read once per process.
 
-    dataset: "cifar10", "mnist", or "objects" or "digits", synthetic, n_train and n_test of them.
+    dataset: "cifar10", "mnist", or n_train and n_test images drawn by code, "synthetic" (objects)
+    or "digits".
     """
-    if dataset in ("objects", "digits"):
-        draw = synthetic_objects if dataset == "objects" else synthetic_digits
+    if draw := {"synthetic": synthetic_objects, "digits": synthetic_digits}.get(dataset):
         data = *draw(n_train, seed=0), *draw(n_test, seed=1)
     else:
         data = load_cifar10(data_dir) if dataset == "cifar10" else load_mnist(data_dir)

@@ -85,10 +85,8 @@ def small_alexnet(width=1.0, channels=3):
 
 
 def load_data(args):
-    s = SETTINGS[args.scale]
-    dataset = "objects" if args.dataset == "synthetic" else args.dataset
     largest = max(cell["n"] for cell in make_cells(args.scale))
-    return load_images(dataset, args.data_dir, largest, s["test"])
+    return load_images(args.dataset, args.data_dir, largest, SETTINGS[args.scale]["test"])
 
 
 def train_cell(cell, device, args, progress, information=weight_information, **changed):
@@ -130,7 +128,7 @@ def train_cell(cell, device, args, progress, information=weight_information, **c
 # The paper's Fig. 1, digitised: beta at which train accuracy on random labels falls through 55%.
 PAPER_CROSSING = {100: 1.3, 300: 0.49, 1000: 0.63, 3000: 0.74, 10_000: 0.60, 30_000: 0.33,
                   48_000: 0.29}
-LOG10 = math.log(10)  # nats of a random label; cross-entropy of a net that knows nothing
+LOG10 = math.log(10)  # nats of a random label
 
 
 def add_derived(rows):
@@ -219,7 +217,7 @@ def claims(random, real, ok, grid):
 
 
 def measured(ok):
-    """What was measured, for each kind of labels, N, beta and steps; means over the seeds."""
+    """Means over the seeds, by labels, N, beta and steps."""
     groups, columns = {}, {"train": "train_acc_batch", "test": "test_acc", "objective": "objective",
                            "cross-entropy": "cross_entropy_batch", "I/N": "nats", "r": "r"}
     for row in ok:
@@ -264,7 +262,7 @@ def plot(ok, args):
     r_ax.set(xlabel="β", ylabel="r, label nats per nat in the weights", xlim=(0, 1.05),
              ylim=(0, 1.05), title="random labels: efficiency of the code")
     steps_ax.set(xlabel="training steps", ylabel="β* = largest r", xlim=(0, None), ylim=(0, 1.05),
-                 title="where memory ceases to pay, against training")
+                 title="β* against training")
     for ax in (r_ax, steps_ax):
         ax.axhline(1, color="0.5", ls=":", label="r = 1: an ideal code")
     for labels, colour in (("random", "C3"), ("real", "C0")):
@@ -284,7 +282,7 @@ def plot_map(ax, rows, key, title):
     cells = sorted({(row["n"], row["beta"]) for row in rows})
     value = [np.mean([row[key] for row in ok_rows(rows, n=n, beta=beta)]) for n, beta in cells]
     x, y = np.log10([[n, beta / n] for n, beta in cells]).reshape(-1, 2).T
-    if len(set(x)) > 1:  # triangulated over (log N, log beta), where the cells form a rectangle
+    if len(set(x)) > 1:  # triangulated over (log N, log beta)
         triangles = Triangulation(x, x + y).triangles
         ax.tricontourf(Triangulation(x, y, triangles), value, np.linspace(0.12, 0.98, 44),
                        cmap="coolwarm", extend="both")

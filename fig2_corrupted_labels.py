@@ -4,10 +4,9 @@
     python fig2_corrupted_labels.py --scale cpu      # CIFAR-10, small networks, 4 hours on 2 cores
     python fig2_corrupted_labels.py --gpu 0          # CIFAR-10, the paper's N = 10,000 and 30,000
 
-Panel "models": Small AlexNet, All-CNN and a ResNet learn random labels with
-L = cross-entropy + beta/N * I(w;D); as beta grows, train error rises to chance.
+Panel "models": three architectures learn random labels with L = cross-entropy + beta/N * I(w;D).
 Panel "corruption": Small AlexNet at a small beta, where it fits everything, with a share of the
-labels corrupted: "uniform", resampled over all classes, or "pair", moved to the next class. What
+labels corrupted: "uniform", resampled over all classes, or "pair", made the next class. What
 has to be stored is the entropy of the corrupted labels given the true ones, of which pair flips
 have less than uniform noise with as many wrong labels.
 
@@ -55,9 +54,8 @@ DATASETS = {"demo": ["synthetic"], "cpu": ["cifar10", "synthetic"],
 
 
 def load_data(args):
-    dataset = "objects" if args.dataset == "synthetic" else args.dataset
     largest = max(cell["n"] for cell in make_cells(args.scale))
-    return load_images(dataset, args.data_dir, largest, SETTINGS[args.scale]["test"])
+    return load_images(args.dataset, args.data_dir, largest, SETTINGS[args.scale]["test"])
 
 
 class Shift(nn.Module):
@@ -180,12 +178,12 @@ PAPER_BETAS = (0.025, 0.063, 0.158, 0.398, 1.0, 2.51, 6.31, 15.8, 39.8)
 PAPER_ERROR = {"Small AlexNet": (1.4, 3.8, 7.3, 10.2, 17.6, 74.2, 87.8, 89.3, 89.4),
                "All-CNN": (4.7, 16.9, 31, 55.4, 79, 85, 88),
                "ResNet": (1.5, 3.3, 6, 15.5, 81.7, 87.6, 88.5)}
-PAPER_NATS = dict(zip(UNIFORM, (-0.22, 0.53, 1.54, 2.21, 2.62, 2.81, 2.87)))
+PAPER_NATS = (-0.22, 0.53, 1.54, 2.21, 2.62, 2.81, 2.87)  # at UNIFORM
 LOG10 = math.log(10)  # nats in a random label
 
 
 def label_entropy(fraction, kind):
-    """H(corrupted label | true label) in nats, of corrupt_labels with 10 classes."""
+    """H(corrupted label | true label) of corrupt_labels with 10 classes, nats."""
     if kind == "pair":
         shares = [1 - fraction, fraction]
     else:
@@ -253,9 +251,8 @@ def corruption_claims(rows, grid):
         ratio = rise["pair"] / rise["uniform"][wrong]
         expected = [label_entropy(share, "pair") / label_entropy(share / 0.9, "uniform")
                     for share in grid["pair"]]
-        per_nat = [[row["rise"] / row["entropy"] for row in ok_rows(main, kind=kind, corruption=c)]
-                   for kind in rise for c in grid[kind] if c > 0]
-        means = np.mean(per_nat, 1)
+        means = np.array([rise[kind][i].mean() / label_entropy(c, kind)
+                          for kind in rise for i, c in enumerate(grid[kind]) if c > 0])
         table += [
             claim("from real to random labels it rises by log 10 = 2.30 ± 0.3 nats per sample",
                   "3.1 (first version 2.2)", fmt(total), abs(total.mean() - LOG10) < 0.3),
@@ -292,23 +289,20 @@ def plot(ok, args):
     r_ax.set(xlabel="β", ylabel="r, label nats per nat in the weights", xlim=(0, 1.05),
              ylim=(0, 1.05), title="random labels: efficiency of the code")
 
-    names = {"uniform": "uniform noise", "pair": "pair flips"}
-    for kind, colour in (("uniform", "C3"), ("pair", "C0")):
+    for kind, label in (("uniform", "uniform noise"), ("pair", "pair flips")):
         rows = ok_rows(main, kind=kind)
-        style = dict(color=colour, label=names[kind])
-        plot_points(nats_ax, summarise(rows, "corruption", "rise"), **style)
-        plot_points(entropy_ax, summarise(rows, "entropy", "rise"), "o", **style)
-    start = PAPER_NATS[0.0]
-    for ax, paper_x in ((nats_ax, UNIFORM), (entropy_ax, [label_entropy(c, "uniform")
-                                                          for c in UNIFORM])):
-        ax.plot(paper_x, [v - start for v in PAPER_NATS.values()], "o-", color="0.75", ms=4,
+        plot_points(nats_ax, summarise(rows, "corruption", "rise"), label=label)
+        plot_points(entropy_ax, summarise(rows, "entropy", "rise"), "o", label=label)
+    entropies = [label_entropy(c, "uniform") for c in UNIFORM]
+    for ax, paper_x in ((nats_ax, UNIFORM), (entropy_ax, entropies)):
+        ax.plot(paper_x, np.subtract(PAPER_NATS, PAPER_NATS[0]), "o-", color="0.75", ms=4,
                 zorder=0, label="paper, uniform noise (N likely 30,000)")
         ax.set(ylabel="rise of I(w;D)/N over real labels, nats")
     nats_ax.set(xlabel="corruption (fraction of labels resampled or flipped)",
                 title=f"Small AlexNet, N = {grid['n']:,}, β = {grid['beta']:g}")
     entropy_ax.plot([0, LOG10], [0, LOG10], "k--", lw=1, label="one nat per nat")
     entropy_ax.set(xlabel="H(corrupted label | true label), nats",
-                   title="the same against the entropy of the labels")
+                   title="rise against label entropy")
     for ax in axes.flat:
         ax.legend()
     save_figure(fig, args)

@@ -47,8 +47,8 @@ DATASETS = {"demo": ["synthetic"], "cpu": ["cifar10", "synthetic"],
 
 
 def load_data(args):
-    s, dataset = SETTINGS[args.scale], "objects" if args.dataset == "synthetic" else args.dataset
-    return load_images(dataset, args.data_dir, s["n"], s["test"])
+    s = SETTINGS[args.scale]
+    return load_images(args.dataset, args.data_dir, s["n"], s["test"])
 
 
 def all_cnn(width=1.0):

@@ -939,7 +939,7 @@ def test_big_endian_labels_are_read(tmp_path):
 
 
 def test_load_images_draws_different_test_images_and_takes_statistics_of_the_training_set(tmp_path):
-    x, y, x_test, y_test, mean, std = load_images("objects", tmp_path, 30, 30)
+    x, y, x_test, y_test, mean, std = load_images("synthetic", tmp_path, 30, 30)
     assert not torch.equal(x, x_test) and not torch.equal(y, y_test)
     assert torch.equal(mean, channel_statistics(x)[0]) and torch.equal(
         std, channel_statistics(x)[1]
@@ -1657,7 +1657,7 @@ def test_what_the_nets_are_trained_and_measured_on(monkeypatch, tmp_path, script
     pixels = {image.numpy().tobytes() for image in x}
     assert len(pixels) == len(x)
     assert not pixels & {image.numpy().tobytes() for image in x_test}
-    images, labels = common.load_images("objects", tmp_path, len(true_x), len(x_test))[:2]
+    images, labels = common.load_images("synthetic", tmp_path, len(true_x), len(x_test))[:2]
     size = x.shape[-1]
     everything = common.normalise(images, *common.channel_statistics(images), size)
     at = {image.numpy().tobytes(): label for image, label in zip(everything, labels.tolist())}

@@ -47,8 +47,7 @@ STARTS = ("memorised", "chance")
 
 
 def load_data(args):
-    dataset = "objects" if args.dataset == "synthetic" else args.dataset
-    return load_images(dataset, args.data_dir, max(GRID[args.scale]["sizes"]), 10)
+    return load_images(args.dataset, args.data_dir, max(GRID[args.scale]["sizes"]), 10)
 
 
 def random_labels(cell, width, device, data):

@@ -36,8 +36,7 @@ SEEDS = {"demo": [0], "cpu": [0, 1], "paper": [0, 1, 2]}
 
 
 def load_data(args):
-    dataset = "objects" if args.dataset == "synthetic" else args.dataset
-    return load_images(dataset, args.data_dir, GRID[args.scale]["n"], 10)
+    return load_images(args.dataset, args.data_dir, GRID[args.scale]["n"], 10)
 
 
 def train_cell(cell, device, args, progress):
