@@ -23,6 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
 from common import (DataError, StochasticConv2d, StochasticLinear, add_clutter,
@@ -144,7 +145,8 @@ def test_a_cap_on_alpha_holds_in_value_and_lets_the_gradient_pass(noise, local):
     assert (layer.log_alpha == 0.5).all() and layer.information().abs() < 1e-4
     for some in (layer, capped):
         torch.manual_seed(1)
-        (some(x).square().sum() + some.information()).backward()
+        nats = some.information() if noise == "gaussian" else 0
+        (some(x).square().sum() + nats).backward()
         grads.append(some.log_sigma2.grad)
     assert torch.allclose(*grads, rtol=1e-3) and grads[0].abs().min() > 0
 
@@ -403,78 +405,6 @@ def test_total_correlation_of_a_gaussian():
         total_correlation(torch.randn(4, 5))
 
 
-class PairCritic(nn.Module):
-    """Scores all pairs of rows of z and n: a bilinear form and inner products of two embeddings."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.z, self.n = (nn.Sequential(nn.Linear(dim, 32), nn.ReLU(), nn.Linear(32, 16))
-                          for _ in range(2))
-        self.product = nn.Linear(dim, dim)
-        nn.init.zeros_(self.product.weight)
-
-    def forward(self, z, n):
-        return self.product(z) @ n.T + self.z(z) @ self.n(n).T
-
-
-def gaussian_pairs(information, dim, count):
-    """(z, n), each (count, dim), of known I(z;n): dim pairs of Gaussians of one correlation."""
-    square = -math.expm1(-2 * information / dim)  # I = -dim/2 log(1 - correlation^2)
-    z = torch.randn(count, dim)
-    return z, square**0.5 * z + (1 - square) ** 0.5 * torch.randn(count, dim)
-
-
-@pytest.mark.parametrize("information, dim, within", [(0, 20, 0.05), (0.5, 1, 0.1),
-                                                      (5, 20, 0.75)])
-def test_density_ratio_information_of_correlated_gaussians(information, dim, within):
-    z, n = gaussian_pairs(information, dim, 60_000)
-    ours = density_ratio_information(PairCritic(dim), z, n, lr=5e-3, steps=800, patience=200)
-    assert ours["plug_in"] == pytest.approx(information, abs=within)
-    for bound in ("donsker_varadhan", "info_nce"):
-        assert information - 2 * within < ours[bound] < information + within / 2
-
-
-def test_density_ratio_information_measures_what_it_was_given():
-    z, n = gaussian_pairs(2, 5, 3000)
-    z.requires_grad_()
-    critic, parts = PairCritic(5), dict(validation=500, held_out=500)
-
-    def estimate(n):
-        torch.manual_seed(0)
-        net = copy.deepcopy(critic)
-        return density_ratio_information(net, z, n, **parts, steps=60, batch=64)
-
-    ours = estimate(n)
-    assert z.grad is None and estimate(n) == ours
-    # what was learned does not hold of the held-out pairs
-    shuffled = torch.cat([n[:-500], n[-500:].roll(1, 0)])
-    assert estimate(shuffled)["info_nce"] < 0 < ours["info_nce"]
-    for arguments in ((z[:-1], n), (z[:900], n[:900])):
-        with pytest.raises(ValueError, match="pairs"):
-            density_ratio_information(critic, *arguments)
-    with pytest.raises(ValueError, match="every pair"):
-        density_ratio_information(nn.Bilinear(5, 5, 1), z, n, **parts)
-    with pytest.raises(FloatingPointError):
-        density_ratio_information(critic, z * math.nan, n, **parts, steps=1)
-
-
-def test_density_ratio_information_keeps_the_best_state_and_stops():
-    class Spoiled(nn.Module):  # good until its 100th training step
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
-            self.register_buffer("seen", torch.zeros(()))
-
-        def forward(self, z, n):
-            self.seen += self.training
-            return (self.scale if self.seen <= 100 else -self.scale) * (z @ n.T)
-
-    z, n = gaussian_pairs(2, 5, 1000)
-    net = Spoiled()
-    ours = density_ratio_information(net, z, n, validation=300, held_out=300, patience=200)
-    assert net.seen in (50, 100) and ours["info_nce"] > 0.5
-
-
 def test_ratio_estimates_of_scores_written_by_hand():
     scores = torch.tensor([[2.0, 0.0, -1.0], [1.0, 3.0, 0.5], [-2.0, 0.0, 1.0]])
     ours = common._ratio_estimates(scores)
@@ -713,23 +643,6 @@ def test_synthetic_faces_know_their_factors():
     told = [factors["hair_colour"] == 0, factors["hair_colour"] == 2, factors["skin"] >= 2,
             factors["glasses"] == 1, factors["smile"] == 2, factors["beard"] == 1]
     assert torch.equal(attributes.bool(), torch.stack(told, 1))
-
-
-def test_synthetic_digits_are_worth_training_on():
-    (x, y), (x_test, y_test) = synthetic_digits(2500, seed=0), synthetic_digits(1000, seed=1)
-    x, x_test, accuracy = x.float() / 255, x_test.float() / 255, []
-    cnn = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(32 * 49, 10))
-    for model in (cnn, nn.Sequential(nn.Flatten(), nn.Linear(784, 10))):
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        for index in (part for _ in range(4) for part in torch.randperm(2500).split(50)):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[index]), y[index]).backward()
-            optimizer.step()
-        accuracy.append(common.accuracy(model.eval()(x_test), y_test))
-    assert accuracy[0] > 0.9 and accuracy[1] < accuracy[0] - 0.2
 
 
 # === 5. Running a grid, in real processes =====================================================
@@ -1081,7 +994,7 @@ FIG1 = {"SETTINGS": dict(width=1 / 16, steps=5, batch=40, lr=0.01, lr_noise=0.1,
         "GRID": dict(sizes=(100, 200), random=(0.1, 0.5, 1.2), real=(0.1, 1.2), extra=[
             {"labels": "random", "n": 100, "beta": 0.5, "budget": 2, "seed": 0}])}
 FIG2 = {"SETTINGS": dict(widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "ResNet": 1 / 8},
-                         blocks=1, steps=3, batch=2000, lr=0.003, lr_noise=0.04, test=100),
+                         blocks=1, steps=6, batch=2000, lr=0.003, lr_noise=0.04, test=100),
         "GRID": dict(n_models=100, betas=(0.01, 10.0), n=100, beta=0.1,
                      corruptions=(0.0, 0.5, 1.0), elsewhere=((50, 0.1),))}
 FIG3 = {"SETTINGS": dict(n=20, test=20, batch=20, width_steps=6, beta_steps=6, lr_sgd=0.05,
@@ -1181,102 +1094,195 @@ def test_missing_data_is_one_line(tmp_path):
     assert error.startswith("error: ") and "cifar10.npz" in error and "--scale demo" in error
 
 
-def arguments_of(monkeypatch, script, tmp_path):
-    """What train_cell gets as args, at the demo scale with TINY settings."""
-    figure = importlib.import_module(script)
+def demo(monkeypatch, script, tmp_path):
+    """(its module at the demo scale with TINY settings, args, its cells, one of each kind)."""
+    figure, grid = importlib.import_module(script), {}
     for name, value in TINY[script].items():
         monkeypatch.setattr(figure, name, {"demo": value})
     args = argparse.Namespace(figure=script, scale="demo", dataset="synthetic", data_dir=tmp_path,
                               out=tmp_path, device=torch.device("cpu"))
-    return figure, args
+
+    def grid_instead(cells, *_):
+        for cell in cells:  # of one kind: same keys, same words
+            kind = *cell, *(value for value in cell.values() if isinstance(value, str))
+            grid.setdefault(kind, cell | {"seed": 0})
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(figure, "parse_args", lambda *_: args)
+        patch.setattr(figure, "run_grid", grid_instead)
+        figure.main()
+    for cached in vars(figure).values():
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
+    return figure, args, list(grid.values())
 
 
-def spy(monkeypatch, figure, name, record, result=None):
-    """Let figure.name record what it is called with; result: what it returns, if not its own."""
-    original = getattr(figure, name)
-
-    def recorded(*arguments, **keywords):
-        record.append(arguments)
-        return original(*arguments, **keywords) if result is None else result
-    monkeypatch.setattr(figure, name, recorded)
+def names(images):
+    """What tells images (n, ...) apart, as one key each."""
+    return [image.numpy().tobytes() for image in images.detach().contiguous()]
 
 
-@pytest.mark.parametrize("script, cell, agree", [
-    ("fig1_phase_transition", {"labels": "random", "n": 200, "beta": 0.1}, (0.02, 0.2)),
-    ("fig1_phase_transition", {"labels": "real", "n": 200, "beta": 0.1}, (1, 1)),
-    ("fig2_corrupted_labels", {"panel": "models", "model": "ResNet", "n": 200, "beta": 0.1},
-     (0.02, 0.2)),
-    ("fig2_corrupted_labels", {"panel": "corruption", "corruption": 0.0, "n": 200, "beta": 0.1},
-     (1, 1)),
-    ("fig2_corrupted_labels", {"panel": "corruption", "corruption": 0.5, "n": 200, "beta": 0.1},
-     (0.45, 0.65)),
-    ("fig3_width_beta", {"panel": "beta", "width": 1 / 32, "beta": 0.1}, (1, 1))])
-def test_what_the_nets_are_trained_and_measured_on(monkeypatch, tmp_path, script, cell, agree):
-    figure, args = arguments_of(monkeypatch, script, tmp_path)
-    monkeypatch.setattr(figure, "make_cells", lambda scale: [{"n": 200}])
-    measured, drawn, losses = [], [], []
-    spy(monkeypatch, figure, "measure", measured, {"cross_entropy_batch": 0.0})
-    spy(monkeypatch, figure, "draw_subset", drawn)
-    if script != "fig1_phase_transition":
-        spy(monkeypatch, figure, "ib_loss", losses)
-    figure.train_cell(cell | {"seed": 3}, args.device, args, lambda *_: None)
-    model, *_, x, y, x_test, y_test = measured[0]
-    true_x, true_y, *_ = drawn[0]
-    assert len(x) == len(y) == len(true_x) and len(x_test) == len(drawn[1][0])
-    pixels = {image.numpy().tobytes() for image in x}
-    assert len(pixels) == len(x)
-    assert not pixels & {image.numpy().tobytes() for image in x_test}
-    images, labels = common.load_images("objects", tmp_path, len(true_x), len(x_test))[:2]
-    size = x.shape[-1]
-    everything = common.normalise(images, *common.channel_statistics(images), size)
-    at = {image.numpy().tobytes(): label for image, label in zip(everything, labels.tolist())}
-    own = torch.tensor([at[image.numpy().tobytes()] for image in x])
-    assert agree[0] <= (own == y).float().mean() <= agree[1]
-    if losses:  # beta is raised from 0, and n is the number of training images
-        assert losses[0][3] == 0 and losses[-1][3] == cell["beta"] and losses[0][4] == len(x)
-    assert type(model).__name__ == "Sequential"
-    assert any("Block" in type(m).__name__ for m in model) == (cell.get("model") == "ResNet")
+class Oracle:
+    """While it is active, nets whose images are known answer with the truth.
+
+    when: of a net that draws noise (True) or does not (False), None: always; else they are wrong.
+    """
+
+    def __init__(self, truth, when=None):
+        self.truth, self.when, self.seen, self.losses = truth, when, {True: set(), False: set()}, []
+
+    def __enter__(self):
+        self.hook = nn.modules.module.register_module_forward_hook(self.answer)
+        backward = self.backward = torch.Tensor.backward
+        torch.Tensor.backward = lambda loss: backward(self.record(loss))
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+        torch.Tensor.backward = self.backward
+
+    def answer(self, net, arguments, logits):
+        known = names(arguments[0]) if arguments[0].dim() == 4 else []
+        if not known or known[0] not in self.truth or logits.shape != (len(known), 10):
+            return None
+        self.net, layer = net, next((m for m in net.modules() if hasattr(m, "sampling")), net)
+        sampling = getattr(layer, "sampling", None)
+        noisy = layer.training if sampling is None else sampling
+        self.seen[torch.is_grad_enabled()].update(known)
+        labels = torch.tensor([self.truth[name] for name in known])
+        labels = labels if self.when in (None, noisy) else (labels + 1) % 10
+        return 0 * logits + 50 * F.one_hot(labels, 10)
+
+    def record(self, loss):
+        information = [m.information().item() for m in self.net.modules()
+                       if hasattr(m, "information")]
+        self.losses.append(loss.item() / max(sum(information), 1))  # beta/n: cross-entropy is 0
+        return loss
 
 
-class Oracle(nn.Module):
-    """Says the label that an image has in its first pixel, if right; sampled: only with noise."""
-
-    def __init__(self, right, sampled=None):
-        super().__init__()
-        self.right, self.noise = right, StochasticLinear(1, 1, bias=False, log_alpha=0.0)
-        self.norm, self.sampled = nn.BatchNorm2d(1), sampled
-
-    def forward(self, x):
-        noisy = self.noise.sampling is not False and (self.training or bool(self.noise.sampling))
-        self.norm(x), self.noise(x.flatten(1)[:, :1])
-        label = x.flatten(1)[:, 0].round().long() % 10
-        right = self.right if self.sampled is None else noisy == self.sampled
-        return 20.0 * F.one_hot(label if right else (label + 1) % 10, 10).float()
+CELLS = [("fig1_phase_transition", {"labels": "random", "n": 200, "beta": 0.1}, (0.02, 0.2)),
+         ("fig1_phase_transition", {"labels": "real", "n": 100, "beta": 0.1}, (1, 1))]
+CELLS += [("fig2_corrupted_labels", cell | {"n": 100, "beta": 0.1}, share) for cell, share in (
+    ({"panel": "models", "model": "ResNet"}, (0.02, 0.2)),
+    ({"panel": "corruption", "corruption": 0.0}, (1, 1)),
+    ({"panel": "corruption", "corruption": 0.5}, (0.4, 0.7)))]
+CELLS += [("fig3_width_beta", {"panel": "beta", "width": 1 / 32, "beta": 0.1}, (1, 1)),
+          ("fig3_width_beta", {"panel": "width", "width": 1 / 32}, (1, 1))]
 
 
-@pytest.mark.parametrize("script", ["fig1_phase_transition", "fig2_corrupted_labels",
-                                    "fig3_width_beta"])
-def test_measures_of_nets_whose_answers_are_known(script):
-    figure = importlib.import_module(script)
-    y = torch.arange(200) % 10
-    x = y.float().view(-1, 1, 1, 1).expand(-1, 1, 2, 2).clone()
+@pytest.mark.parametrize("script, cell, true", CELLS)
+def test_what_nets_are_trained_and_measured_on(monkeypatch, tmp_path, script, cell, true):
+    figure, args, _ = demo(monkeypatch, script, tmp_path)
+    s, rates = figure.SETTINGS["demo"], []
+    x, y, x_test, y_test, mean, std = figure.load_data(args)
+    shown = [common.normalise(images, mean, std, 32 if "fig3" in script else 28)
+             for images in (x, x_test)]
+    train, test = (dict(zip(names(some), labels.tolist())) for some, labels in
+                   zip(shown, (y, y_test)))
+    assert not train.keys() & test.keys()
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(
+        [group["lr"] for group in optimizer.param_groups]))
+    with Oracle(train | test) as oracle:
+        row = figure.train_cell(cell | {"seed": 3}, args.device, args, lambda *_: None)
+    hook.remove()
+    n = cell.get("n", len(x))
+    trained, measured = oracle.seen[True], oracle.seen[False]
+    assert not trained & test.keys() and len(trained) >= min(n, s["batch"])
+    assert len(measured & train.keys()) == n and measured >= trained
+    assert len(measured & test.keys()) == s["test"] and row["test_acc"] == 1
+    assert true[0] <= row["train_acc"] <= true[1]
+    assert row["train_acc"] == pytest.approx(row["train_acc_mean"], abs=1e-6)
+    top = [s["lr_sgd"]] if "beta" not in cell else [s["lr"], s["lr_noise"]]
+    assert rates[0] == pytest.approx([rate / 1000 for rate in top])
+    assert np.max(rates, 0) == pytest.approx(top) and rates[-1][0] < top[0]
+    if true == (1, 1) and "beta" in cell:  # beta/n rises from 0
+        assert oracle.losses[0] < 1e-6 and len(oracle.losses) == row.get("steps", len(rates))
+        assert oracle.losses[-1] == pytest.approx(cell["beta"] / n, rel=1e-3)
+        nats = row.get("cross_entropy_batch", row["cross_entropy"])
+        assert nats < 1e-6 and row["information"] > 1
+    if cell.get("model"):
+        assert any("Block" in type(m).__name__ for m in oracle.net)
+    if "beta" not in cell:
+        return
+    for when in (True, False):  # who says what, with noise and without
+        with Oracle(train | test, when) as oracle:
+            row = figure.train_cell(cell | {"seed": 3}, args.device, args, lambda *_: None)
+        assert row["test_acc_sampled"] == when and row["test_acc"] == (not when)
+        if true == (1, 1):
+            assert row["train_acc"] == when == (row["cross_entropy"] < 1e-6)
+            assert row["train_acc_mean"] == (not when)
+            assert row.get("train_acc_batch", when) == when
 
-    def measure(model):
-        second = 50 if script == "fig1_phase_transition" else 0.5
-        return figure.measure(model, second, x, y, x[:100], (y[:100] + (y[:100] >= 5)) % 10)
 
-    for right in (True, False):
-        row = measure(Oracle(right))
-        assert row["train_acc"] == row["train_acc_mean"] == right
-        assert row["test_acc"] == row["test_acc_sampled"] == 0.5
-        assert row["cross_entropy"] == pytest.approx(0 if right else 20, abs=1e-4)
-    row = measure(Oracle(True, sampled=True))  # right with noise, wrong without
-    assert row["train_acc"] == 1 and row["train_acc_mean"] == 0
-    if script == "fig1_phase_transition":
-        assert row["train_acc_batch"] == 1 and row["cross_entropy_batch"] < 1e-4
-    else:
-        information = row["information"]
-        assert row["objective"] == pytest.approx(row["cross_entropy"] + 0.5 * information / 200)
+def test_fig4_masks_noise_and_clutter(monkeypatch, tmp_path):
+    fig4, args, _ = demo(monkeypatch, "fig4_cluttered_mnist", tmp_path)
+    s, pairs, clutter, training, drawn = fig4.SETTINGS["demo"], [], [], [], []
+    x, y, x_test, *_ = fig4.load_data(args)
+    original, estimate = fig4.add_clutter, fig4.density_ratio_information
+
+    def add(digits, *arguments):
+        clutter.append(names(digits))
+        return original(digits, *arguments)
+
+    def estimated(critic, z, masks, **options):
+        pairs.append((z, masks, options))
+        return estimate(critic, z, masks, **options)
+
+    def look(m, inputs):
+        if inputs[0].shape[1:] == (1, 28, 28) and isinstance(m, nn.Conv2d) and m.out_channels < 99:
+            if torch.is_grad_enabled() and m.training and not pairs:
+                training.append((inputs[0], clutter[-1]))
+            elif not m.training and not pairs:
+                drawn.append(inputs[0])
+        elif isinstance(m, StochasticConv2d) and not m.training and m.sampling:
+            assert m.local  # every example and position has noise of its own
+            noisy.append(inputs[0].shape)
+
+    noisy = []
+    monkeypatch.setattr(fig4, "add_clutter", add)
+    monkeypatch.setattr(fig4, "density_ratio_information", estimated)
+    hook = nn.modules.module.register_module_forward_pre_hook(look)
+    fig4.train_cell({"beta": 0.1, "seed": 0}, args.device, args, lambda *_: None)
+    hook.remove()
+    z, masks, options = pairs[0]
+    images = torch.cat(drawn)[-len(z):]
+    assert len(z) == len(masks) > s["test"] == options["held_out"] and masks.dtype == torch.bool
+    assert (images[masks] == images.max()).all() and noisy
+    assert 80 < masks.sum((1, 2, 3)).float().mean() < 161
+    train, test = set(names(x)), set(names(x_test))
+    assert len(training) == s["steps"] and not train & test
+    for shown, digits in training:  # new clutter in every batch, on training digits
+        assert set(digits) <= train and (shown == images.max()).sum((1, 2, 3)).min() > 60
+    assert len(set(sum((names(shown) for shown, _ in training), []))) == s["steps"] * s["batch"]
+    assert set(sum(clutter, [])) & test
+
+
+def test_fig5_parts_do_not_overlap_and_test_faces_are_not_trained_on(monkeypatch, tmp_path):
+    fig5, args, _ = demo(monkeypatch, "fig5_celeba_vae", tmp_path)
+    images, *_, parts = fig5.load_data(args)
+    parts = {name: set(rows.tolist()) for name, rows in parts.items()}
+    rows = dict(zip(names(images.flip(3)), range(len(images))))
+    rows |= dict(zip(names(images), range(len(images))))
+    assert not parts["train"] & parts["test"] and not parts["evaluation"] & parts["classifier"]
+    trained, measured = {}, set()
+
+    def look(m, inputs):
+        if isinstance(m, nn.Conv2d) and inputs[0].shape[1:] == (3, 64, 64):
+            pixels = ((inputs[0] + 1) * 127.5).round().to(torch.uint8)
+            known = {rows[name] for name in names(pixels) if name in rows}
+            if torch.is_grad_enabled() and m.training:
+                trained.setdefault(m, set()).update(known)
+            else:
+                measured.update(known)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(look)
+    fig5.train_cell({"beta": 0.1, "seed": 0}, args.device, args, lambda *_: None)
+    hook.remove()
+    evaluator, classifier, *others = trained.values()
+    assert others and len(evaluator) > 9 and len(classifier) > 9
+    assert evaluator <= parts["evaluation"] and classifier <= parts["classifier"]
+    assert not parts["test"] & set.union(*others) and parts["test"] <= measured
 
 
 def fig1_row(n, beta, ce, nats, seed=0, labels="random", **more):
@@ -1444,29 +1450,6 @@ def test_fig4_claims_can_hold_and_fail(monkeypatch):
     assert verdicts(mid={"status": "diverged"}) == []
 
 
-def test_fig4_masks_noise_and_clutter(monkeypatch, tmp_path):
-    fig4, args = arguments_of(monkeypatch, "fig4_cluttered_mnist", tmp_path)
-    estimated, trained, drawn = [], [], []
-    result = {"plug_in": 0.0, "donsker_varadhan": 0.0, "info_nce": 0.0}
-    spy(monkeypatch, fig4, "density_ratio_information", estimated, result)
-    spy(monkeypatch, fig4, "measure", trained)
-    spy(monkeypatch, fig4, "add_clutter", drawn)
-    fig4.train_cell({"beta": 0.1, "seed": 0}, args.device, args, lambda *_: None)
-    _, z, masks = estimated[0]
-    model, draw, x, x_test, *_ = trained[0]
-    assert len(z) == len(masks) == 60 + 30 and masks.dtype == torch.bool
-    assert len(drawn) >= 3 + 3  # new clutter for every batch, then for what is measured
-    images, mask = draw(x_test)
-    assert (images[mask] == images.max()).all() and 80 < mask.sum((1, 2, 3)).float().mean() < 161
-    assert not torch.equal(mask, draw(x_test)[1])
-    model.eval()
-    assert torch.equal(model[0](images), model[0](images))
-    with sample_weights(model):
-        assert not torch.equal(model[0](images), model[0](images))
-    train, test = ({image.numpy().tobytes() for image in some} for some in (x, x_test))
-    assert not train & test
-
-
 def test_fig4_bounds_a_layer_by_the_capacity_of_its_gaussian_units():
     import fig4_cluttered_mnist as fig4
     features = fig4.all_cnn(1 / 32)[0]
@@ -1478,25 +1461,6 @@ def test_fig4_bounds_a_layer_by_the_capacity_of_its_gaussian_units():
     for name, units in (("conv2", 3 * 28**2), ("conv8", 6 * 7**2)):
         assert bounds[name] == pytest.approx(units * (kl + 1), rel=1e-4)
     assert "conv1" not in bounds
-
-
-def test_fig5_parts_do_not_overlap_and_test_faces_are_not_trained_on(monkeypatch, tmp_path):
-    fig5, args = arguments_of(monkeypatch, "fig5_celeba_vae", tmp_path)
-    fig5.load_faces.cache_clear(), fig5.evaluation_classifier.cache_clear()
-    images, attributes, factors, parts = fig5.load_data(args)
-    assert not set(parts["train"].tolist()) & set(parts["test"].tolist())
-    assert not set(parts["evaluation"].tolist()) & set(parts["classifier"].tolist())
-    taken = []
-    spy(monkeypatch, fig5, "take", taken)
-    fig5.train_cell({"beta": 0.1, "seed": 0}, args.device, args, lambda *_: None)
-    used = [set(rows.tolist()) for _, rows, _ in taken]
-    test = set(parts["test"].tolist())
-    assert len(used) > 8
-    assert all(not rows & test for rows in used[:5])  # the two classifiers
-    measured = [rows for rows in used if rows & test]
-    assert measured and all(rows == test for rows in measured)
-    x = fig5.take(images, parts["test"], torch.tensor([3, 43]))
-    assert torch.equal(x[0].flip(2), x[1])
 
 
 def test_fig5_probe_reads_what_is_there_and_nothing_else():
