@@ -161,6 +161,16 @@ def test_pac_bayes_bound_is_no_better_than_inverting_the_binary_divergence():
         assert bound > 1 or loss > 0.5 or bound < loss + 2.3 * (tight - loss)
 
 
+def test_pac_bayes_bound_is_its_formula_and_refuses_what_it_does_not_hold_for():
+    penalty = math.log(10) * (100 + math.log(21 / 0.05)) / 1000
+    expected = min((0.2 + lam * penalty) / (1 - 0.5 / lam) for lam in LAMBDAS)
+    assert pac_bayes_bound(0.2, 100, 1000) == pytest.approx(expected)
+    for loss, divergence, lambdas in ((2.4, 1.0, [1]), (0.5, -1.0, [1]), (0.5, 1.0, [0.5]),
+                                      (math.nan, 1.0, [1])):
+        with pytest.raises(ValueError):
+            pac_bayes_bound(loss, divergence, 100, lambdas=lambdas)
+
+
 def test_prior_divergence_is_that_of_torch_distributions_and_refuses_what_is_not_counted():
     model = nn.Sequential(StochasticLinear(20, 30), nn.BatchNorm1d(30),
                           StochasticLinear(30, 4, bias=False)).double()

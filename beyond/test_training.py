@@ -1,4 +1,4 @@
-"""Tests that train networks: I(z;n) of known Gaussians, synthetic digits. pytest beyond."""
+"""Estimators where the answer is known, synthetic digits, in part by training. pytest beyond."""
 import copy
 import math
 
@@ -7,7 +7,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import accuracy, density_ratio_information, synthetic_digits
+from common import (_ratio_estimates, accuracy, density_ratio_information, label_information,
+                    synthetic_digits, total_correlation)
 
 torch.set_num_threads(1)
 
@@ -104,3 +105,40 @@ def test_synthetic_digits_are_worth_training_on():
             optimizer.step()
         right.append(accuracy(model.eval()(x_test), y_test))
     assert right[0] > 0.9 and right[1] < right[0] - 0.2
+
+
+def test_label_information():
+    labels, two = torch.arange(10).repeat(20), torch.tensor([0, 0, 0, 1])
+    for y, nats in ((labels, math.log(10)), (two, 0.5623)):  # H(y) is theirs, not log 2
+        assert label_information(F.one_hot(y) * 50.0, y).item() == pytest.approx(nats, abs=1e-4)
+    assert label_information(torch.zeros(200, 10), labels).item() == pytest.approx(0, abs=1e-6)
+    # a noisy channel: right with probability p, else uniform over the rest
+    p, n = 0.7, 200_000
+    x = torch.randint(10, (n,))
+    y = torch.where(torch.rand(n) < p, x, (x + torch.randint(1, 10, (n,))) % 10)
+    channel = torch.full((10, 10), (1 - p) / 9).fill_diagonal_(p)
+    exact = math.log(10) + p * math.log(p) + (1 - p) * math.log((1 - p) / 9)
+    assert label_information(channel.log()[x], y).item() == pytest.approx(exact, abs=0.01)
+
+
+def test_total_correlation_of_a_gaussian():
+    a = torch.randn(4, 4, dtype=torch.double)
+    covariance = a @ a.T + torch.eye(4)
+    exact = 0.5 * (covariance.diagonal().log().sum() - torch.logdet(covariance))
+    normal = torch.distributions.MultivariateNormal(torch.zeros(4).double(), covariance)
+    z = F.pad(normal.sample((100_000,)), (0, 1), value=3.0)
+    z = z.view(-1, 5, 1) * 7 + 2  # scale, shift, constants do not matter
+    assert total_correlation(z).item() == pytest.approx(exact.item(), abs=0.01)
+    assert total_correlation(torch.randn(100_000, 3)).item() == pytest.approx(0, abs=1e-3)
+    with pytest.raises(ValueError, match="samples"):
+        total_correlation(torch.randn(4, 5))
+
+
+def test_ratio_estimates_of_scores_written_by_hand():
+    scores = torch.tensor([[2.0, 0.0, -1.0], [1.0, 3.0, 0.5], [-2.0, 0.0, 1.0]])
+    ours = _ratio_estimates(scores)
+    wrong = [0.0, -1.0, 1.0, 0.5, -2.0, 0.0]
+    assert ours["plug_in"] == pytest.approx(2.0)
+    assert ours["donsker_varadhan"] == pytest.approx(2 - math.log(sum(map(math.exp, wrong)) / 6))
+    info_nce = scores.log_softmax(1).diagonal().mean().item() + math.log(3)
+    assert ours["info_nce"] == pytest.approx(info_nce)

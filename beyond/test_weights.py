@@ -41,6 +41,19 @@ def test_gaussian_information_is_the_divergence_to_0_0095_nats_and_nearly_the_ca
     assert above[0] > 0.635 and (above[log_alpha == 4] < 1e-3).all()
 
 
+@pytest.mark.parametrize("noise", ["gaussian", "lognormal"])
+def test_weight_samples_follow_torch_distributions(noise):
+    layer = StochasticLinear(1, 20_000, bias=False, noise=noise, local=False, log_alpha=-0.7)
+    sample = layer(torch.ones(1, 1))[0].detach()
+    weight, alpha = layer.weight[:, 0].detach(), torch.tensor(math.exp(-0.7))
+    if noise == "gaussian":
+        uniform = torch.distributions.Normal(weight, alpha.sqrt() * weight.abs()).cdf(sample)
+    else:
+        uniform = torch.distributions.LogNormal(-alpha / 2, alpha.sqrt()).cdf(sample / weight)
+    distance = (uniform.sort().values - (torch.arange(20_000) + 0.5) / 20_000).abs().max()
+    assert distance < 1.95 / math.sqrt(20_000)  # Kolmogorov-Smirnov, 0.1% level
+
+
 @pytest.mark.parametrize("mean", [-3.0, 0.01, 20.0])
 def test_proposition_4_1_is_the_divergence_from_a_log_uniform_prior_whatever_the_mean(mean):
     alpha, low, high = 0.04, -12.0, 8.0  # the prior: log|w| uniform from low to high
