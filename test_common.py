@@ -302,14 +302,6 @@ def test_training_step_compiles_and_runs_under_bf16_autocast(noise, local):
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_second_derivatives_are_refused_and_denormals_flushed():
-    layer = StochasticLinear(3, 2)
-    (gradient,) = torch.autograd.grad(layer.information(), layer.weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
-        gradient.sum().backward()
-    assert (torch.tensor([1e-39]) * torch.tensor([0.5])).item() == 0
-
-
 # === 2. Weight-IB loss ============================================================================
 
 def test_ib_loss_is_mean_cross_entropy_plus_beta_over_n_times_nats():
@@ -889,7 +881,6 @@ def test_learning_rates_and_minibatches():
     assert common.lr_factor(0) < 0.01 and common.lr_factor(0.05) == pytest.approx(0.501)
     assert common.lr_factor(0.1) == common.lr_factor(0.79) == common.lr_factor(0.59, 0.6) == 1
     assert common.lr_factor(0.9) == pytest.approx(0.5) == common.lr_factor(0.8, 0.6)
-    assert common.lr_factor(0.999) < 0.001
     batches = minibatches(10, 3, "cpu")
     epoch = torch.cat([next(batches) for _ in range(3)])
     assert len(epoch.unique()) == 9 and epoch.max() < 10
@@ -1376,19 +1367,6 @@ def test_fig4_claims_can_hold_and_fail(monkeypatch):
     assert verdicts(high={"i_zy": 2.0})[1] == verdicts(low={"bound": 2.5})[2] == "NO"
     assert verdicts(mid={"total_correlation": 3.1})[3] == "NO"
     assert verdicts(mid={"status": "diverged"}) == []
-
-
-def test_fig4_bounds_a_layer_by_the_capacity_of_its_gaussian_units():
-    import fig4_cluttered_mnist as fig4
-    features = fig4.all_cnn(1 / 32)[0]
-    for layer in features:
-        if isinstance(layer, StochasticConv2d):
-            layer.log_alpha = 0.0
-    bounds = fig4.layer_bounds(features)
-    kl = common.gaussian_kl(torch.zeros(())).item()
-    for name, units in (("conv2", 3 * 28**2), ("conv8", 6 * 7**2)):
-        assert bounds[name] == pytest.approx(units * (kl + 1), rel=1e-4)
-    assert "conv1" not in bounds
 
 
 def test_fig5_probe_reads_what_is_there_and_nothing_else():

@@ -8,8 +8,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (LAMBDAS, StochasticLinear, alpha_from_information, g, layer_information,
-                    layer_information_bound, pac_bayes_bound, prior_divergence)
+import fig4_cluttered_mnist as fig4
+from common import (LAMBDAS, StochasticConv2d, StochasticLinear, alpha_from_information,
+                    gaussian_kl, g, layer_information, layer_information_bound, pac_bayes_bound,
+                    prior_divergence)
 
 torch.set_num_threads(1)
 
@@ -114,6 +116,18 @@ def test_proposition_5_2_needs_twice_the_information_that_is_printed():
     corrected, printed = alpha_from_information(information, 1500), math.exp(-information / 1500)
     assert g(corrected) <= per_unit <= g(corrected) + 1
     assert per_unit > g(printed) + 1
+
+
+def test_fig4_bounds_a_layer_by_the_capacity_of_its_gaussian_units():
+    features = fig4.all_cnn(1 / 32)[0]
+    for layer in features:
+        if isinstance(layer, StochasticConv2d):
+            layer.log_alpha = 0.0
+    bounds = fig4.layer_bounds(features)
+    kl = gaussian_kl(torch.zeros(())).item()
+    for name, units in (("conv2", 3 * 28**2), ("conv8", 6 * 7**2)):
+        assert bounds[name] == pytest.approx(units * (kl + 1), rel=1e-4)
+    assert "conv1" not in bounds
 
 
 # === Eq. 7: PAC-Bayes =============================================================================

@@ -93,6 +93,14 @@ def test_the_constant_of_proposition_4_1_is_the_log_of_the_range_and_truncation_
     assert divergence(1e6, 10.0) > -0.5 * math.log(1e6) + math.log(10)
 
 
+def test_second_derivatives_are_refused_and_denormals_flushed():
+    layer = StochasticLinear(3, 2)
+    (gradient,) = torch.autograd.grad(layer.information(), layer.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        gradient.sum().backward()
+    assert (torch.tensor([1e-39]) * torch.tensor([0.5])).item() == 0
+
+
 # === Prop. 4.3: flat minima =======================================================================
 
 def random_hessian(k):
