@@ -923,7 +923,7 @@ FIG2 = {"SETTINGS": dict(widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "Re
                          blocks=1, steps=6, batch=2000, lr=0.003, lr_noise=0.04, test=100),
         "GRID": dict(n_models=100, betas=(0.01, 10.0), n=100, beta=0.1,
                      corruptions=(0.0, 0.5, 1.0), elsewhere=((50, 0.1),))}
-FIG3 = {"SETTINGS": dict(n=20, test=20, batch=20, width_steps=6, beta_steps=6, lr_sgd=0.05,
+FIG3 = {"SETTINGS": dict(n=20, test=20, batch=10, width_steps=6, beta_steps=6, lr_sgd=0.05,
                          weight_decay=0.001, lr=0.003, lr_noise=0.04),
         "GRID": dict(widths=(1 / 96, 1 / 32), beta_width=1 / 32, betas=(0.01, 1.0, 100.0))}
 FIG4 = {"SETTINGS": dict(width=1 / 32, n=60, steps=3, batch=20, pairs=60, discriminator_steps=3,
@@ -1111,7 +1111,7 @@ def test_what_nets_are_trained_and_measured_on(monkeypatch, tmp_path, script, ce
     hook.remove()
     n = cell.get("n", len(x))
     trained, measured = oracle.seen[True], oracle.seen[False]
-    assert not trained & test.keys() and len(trained) >= min(n, s["batch"])
+    assert not trained & test.keys() and len(trained) > 0.75 * n
     assert len(measured & train.keys()) == n and measured >= trained
     assert len(measured & test.keys()) == s["test"] and row["test_acc"] == 1
     assert true[0] <= row["train_acc"] <= true[1]
