@@ -1,6 +1,6 @@
-"""The paper's theorems as tests, mostly on toy worlds whose distributions are known: pytest beyond.
+"""Secs. 2, 3 and 7 as tests, on toy worlds whose distributions are known: pytest beyond.
 
-Quantities are exact sums over finite joint distributions, in nats, unless a test says sampled.
+Quantities are exact sums over finite joint distributions, in nats.
 """
 import itertools
 import math
@@ -8,9 +8,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
-from common import (StochasticLinear, alpha_from_information, flat_minimum_bound, g,
-                    layer_information, pac_bayes_bound)
 
 LOG2 = math.log(2)
 torch.set_num_threads(1)
@@ -186,146 +183,3 @@ def test_any_representation_obeys_the_invariance_bound_and_stacking_adds_invaria
         for below, layer in zip("xzv", "zvw"):  # what passes from below and is not the task
             passes = mutual(world, names, below, layer)
             assert nuisance[layer] <= passes - mutual(world, names, layer, "y") + 1e-9
-
-
-# === Sec. 4: information in the weights, flat minima ==============================================
-
-def test_the_constant_of_proposition_4_1_is_the_log_of_the_range_and_truncation_ends_the_fall():
-    # log w has a prior that is uniform over a range, and a normal posterior cut off at its ends
-    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.double), 1.0)
-
-    def divergence(alpha, length):  # closed form
-        end = torch.tensor(length / 2 / math.sqrt(alpha)).double()  # in standard deviations
-        mass = normal.cdf(end) - normal.cdf(-end)
-        posterior_entropy = 0.5 * math.log(2 * math.pi * math.e * alpha) + mass.log()
-        posterior_entropy = posterior_entropy - end * normal.log_prob(end).exp() / mass
-        return (math.log(length) - posterior_entropy).item()
-
-    grid = torch.linspace(-5, 5, 1_000_001, dtype=torch.double)
-    for alpha in (0.1, 4.0, 100.0):  # the closed form against numerical integration
-        density = torch.exp(-(grid**2) / 2 / alpha)
-        density = density / (density.mean() * 10)
-        numeric = 10 * (density * torch.log(10 * density)).mean().item()
-        assert divergence(alpha, 10.0) == pytest.approx(numeric, abs=1e-5)
-    for length in (10.0, 20.0, 176.0):
-        constant = divergence(1e-4, length) + 0.5 * math.log(1e-4)
-        assert constant == pytest.approx(math.log(length) - 0.5 * math.log(2 * math.pi * math.e))
-    assert 0 <= divergence(1e6, 10.0) < 1e-6  # -log(alpha)/2 would fall on, below zero
-    assert divergence(1e6, 10.0) > -0.5 * math.log(1e6) + math.log(10)
-
-
-def random_hessian(k):
-    root = torch.randn(k, k, dtype=torch.double)
-    return root @ root.T
-
-
-def optimal_information(weight, hessian, beta):
-    """-1/2 * sum of log alpha at the alpha that minimise the Lagrangian to second order."""
-    curvature = weight**2 * hessian.diagonal()
-    alpha = (beta / curvature).requires_grad_()
-    lagrangian = 0.5 * (alpha * curvature).sum() - 0.5 * beta * alpha.log().sum()
-    gradient, = torch.autograd.grad(lagrangian, alpha)
-    # with respect to log alpha, in which the Lagrangian is convex: 0 is the minimum
-    assert torch.allclose(alpha * gradient, torch.zeros_like(alpha), atol=1e-9)
-    return -0.5 * alpha.detach().log().sum()
-
-
-def printed_flat_minimum_bound(weight, trace, beta):
-    k = len(weight)
-    return 0.5 * k * (torch.log((weight**2).sum() * trace) - k * math.log(k**2 * beta / 2))
-
-
-@pytest.mark.parametrize("k", [2, 5, 40])
-@pytest.mark.parametrize("taylor", [1.0, 0.5])  # 0.5: without Taylor's 1/2, as in the paper
-def test_proposition_4_3_holds_as_in_its_proof_and_fails_as_printed(k, taylor):
-    for beta in (0.6, 1.0, 10.0):
-        weight, hessian = torch.randn(k, dtype=torch.double), random_hessian(k)
-        information = optimal_information(weight, hessian, taylor * beta)
-        assert information <= flat_minimum_bound(weight, hessian.trace(), taylor * beta)
-        if k > 2:
-            assert information > printed_flat_minimum_bound(weight, hessian.trace(), beta)
-    ones, trace = torch.ones(k, dtype=torch.double), torch.tensor(7.0 * k).double()
-    information = optimal_information(ones, 7 * torch.eye(k, dtype=torch.double), taylor)
-    assert information.item() == pytest.approx(flat_minimum_bound(ones, trace, taylor).item())
-    assert information > printed_flat_minimum_bound(ones, trace, 1.0)
-
-
-def test_second_order_cross_entropy_under_noise_is_that_of_proposition_4_3():
-    weight, hessian, alpha = torch.randn(6), random_hessian(6).float(), 0.3 * torch.rand(6)
-    step = weight * alpha.sqrt() * torch.randn(400_000, 6)
-    sampled = 0.5 * torch.einsum("ni,ij,nj->n", step, hessian, step).mean().item()
-    exact = 0.5 * (alpha * weight**2 * hessian.diagonal()).sum().item()
-    assert sampled == pytest.approx(exact, rel=0.02)
-
-
-def test_flat_minimum_bound_holds_on_a_trained_network():
-    x = torch.randn(300, 4, dtype=torch.double)
-    flat = torch.randn(4 * 3 + 3 * 2, dtype=torch.double).requires_grad_()
-
-    def logits(flat):
-        return torch.tanh(x @ flat[:12].view(4, 3)) @ flat[12:].view(3, 2)
-
-    def cross_entropy(flat):
-        return F.cross_entropy(logits(flat), y, reduction="sum")
-
-    # labels of such a net: the minimum is at finite weights
-    y = torch.distributions.Categorical(logits=logits(flat)).sample()
-    optimizer = torch.optim.Adam([flat], lr=0.03)
-    for _ in range(500):
-        optimizer.zero_grad()
-        cross_entropy(flat).backward()
-        optimizer.step()
-    weight = flat.detach()
-    hessian = torch.autograd.functional.hessian(cross_entropy, weight)
-    trace = hessian.trace()
-    assert torch.linalg.eigvalsh(hessian).min() > -1e-6 * trace  # a minimum
-    for beta in (0.1, 1.0):
-        information = optimal_information(weight, hessian, beta)
-        bound = flat_minimum_bound(weight, trace, beta)
-        assert information <= bound <= information + 2.5 * len(weight)
-        assert information > printed_flat_minimum_bound(weight, trace, beta)
-
-
-# === Sec. 5: duality; eq. 7: PAC-Bayes ============================================================
-
-def white_inputs(n, dim):
-    """Gaussian inputs (n, dim) of which mean and covariance are exactly 0 and 1."""
-    x = torch.randn(n, dim, dtype=torch.double)
-    x = x - x.mean(0)
-    root = torch.linalg.cholesky(x.T @ x / n)
-    return torch.linalg.solve_triangular(root, x.T, upper=False).T
-
-
-def test_proposition_5_2_needs_twice_the_information_that_is_printed():
-    alpha = math.exp(-6)
-    layer = StochasticLinear(50, 30, noise="lognormal", log_alpha=-6.0, max_log_alpha=0.0)  # C = 0
-    weight, x = layer.weight.detach().double(), white_inputs(5000, 50)
-    per_unit = layer_information(weight, alpha, x) / 30
-    information = layer.information().item()
-    corrected, printed = alpha_from_information(information, 1500), math.exp(-information / 1500)
-    assert g(corrected) <= per_unit <= g(corrected) + 1
-    assert per_unit > g(printed) + 1
-
-
-def test_pac_bayes_bound_holds_over_every_training_set_of_a_toy_world():
-    # four equally likely values of a sample, 30 hypotheses, all 4^5 training sets
-    n, values, hypotheses, max_loss = 5, 4, 30, 2.0
-    # all or nothing: such losses are overfitted most
-    loss = max_loss * torch.rand(hypotheses, values, dtype=torch.double).round()
-    prior = torch.softmax(torch.randn(hypotheses).double(), 0)
-    every = torch.tensor(list(itertools.product(range(values), repeat=n))).sort(1).values
-    samples, times = torch.unique(every, dim=0, return_counts=True)
-    probability = times.double() / values**n
-    train, test = loss[:, samples].mean(2).T, loss.mean(1)
-    for temperature in (10.0, 1.0, 0.1, 0.01):  # the last nearly picks the best on the training set
-        posterior = torch.softmax(prior.log() - train / temperature, 1)
-        divergence = torch.special.xlogy(posterior, posterior / prior).sum(1)
-        train_loss, test_loss = (posterior * train).sum(1), posterior @ test
-        pairs = list(zip(train_loss, divergence))
-        for lam in (0.6, 1.0, 3.0):  # eq. 7 as printed, both sides in expectation
-            bounds = torch.stack([pac_bayes_bound(t, d, n, max_loss=max_loss, delta=1,
-                                                  lambdas=[lam]) for t, d in pairs])
-            assert probability @ test_loss <= probability @ bounds
-        bounds = torch.stack([pac_bayes_bound(t, d, n, max_loss=max_loss) for t, d in pairs])
-        assert probability[test_loss > bounds].sum() <= 0.05
-    assert probability @ train_loss < 0.5 * (probability @ test_loss)  # it was overfitted
