@@ -89,23 +89,31 @@ class Discriminator(nn.Module):
         return z @ mask.T / z.shape[1] ** 0.5
 
 
-def position_decoder(channels, hidden=64):
-    """z (n, channels, 7, 7) to logits (n, 625) of the places where a square can begin."""
-    return nn.Sequential(
-        nn.BatchNorm2d(channels), nn.Conv2d(channels, hidden, 3, padding=1),
-        nn.BatchNorm2d(hidden), nn.ReLU(), nn.Conv2d(hidden, hidden, 3, padding=1),
-        nn.BatchNorm2d(hidden), nn.ReLU(), nn.ConvTranspose2d(hidden, 16, 4, stride=4),
-        nn.ReLU(), nn.Conv2d(16, 1, 4), nn.Flatten())
+def descend(groups, steps, hold, loss):
+    """Adam on loss(step); yields (step, its value)."""
+    optimizer = torch.optim.Adam(groups, 0.003, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(i / steps, hold))
+    for step in range(steps):
+        value = loss(step)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        scheduler.step()
+        yield step, value.detach()
 
 
-def position_information(z, places, s, batch=128, lr=0.003):
+def position_information(z, places, s, hidden=64):
     """Barber and Agakov's lower bound on I(z;n), nats, and [[step, bound for validation], ...].
 
-    places: (n, squares), from 0 to 624. Of z the last s["test"] rows are held out, and those of
-    validation before them.
+    z: (n, channels, 7, 7). places: (n, squares), from 0 to 624. The last s["test"] rows are held
+    out, those of validation stand before them.
     """
     train, steps = len(z) - s["validation"] - s["test"], s["decoder_steps"]
-    decoder, curve = position_decoder(z.shape[1]).to(z.device), []
+    decoder, curve = nn.Sequential(
+        nn.BatchNorm2d(z.shape[1]), nn.Conv2d(z.shape[1], hidden, 3, padding=1),
+        nn.BatchNorm2d(hidden), nn.ReLU(), nn.Conv2d(hidden, hidden, 3, padding=1),
+        nn.BatchNorm2d(hidden), nn.ReLU(), nn.ConvTranspose2d(hidden, 16, 4, stride=4),
+        nn.ReLU(), nn.Conv2d(16, 1, 4), nn.Flatten()).to(z.device), []
 
     def nats(rows):  # log 625 - cross-entropy, summed over the squares
         log_p = decoder(z[rows]).log_softmax(1).gather(1, places[rows])
@@ -119,17 +127,10 @@ def position_information(z, places, s, batch=128, lr=0.003):
         decoder.train()
         return value
 
-    optimizer = torch.optim.Adam(decoder.parameters(), lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(i / steps, 0.3))
-    batches = minibatches(train, batch, z.device)
-    for step in range(1, steps + 1):
-        loss = -nats(next(batches)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        if step % max(1, steps // 8) == 0:
-            curve.append([step, bound(train, train + s["validation"])])
+    batches = minibatches(train, 128, z.device)
+    for step, _ in descend(decoder.parameters(), steps, 0.3, lambda _: -nats(next(batches)).mean()):
+        if (step + 1) % max(1, steps // 8) == 0:
+            curve.append([step + 1, bound(train, train + s["validation"])])
     return bound(len(z) - s["test"], len(z)), curve
 
 
@@ -150,20 +151,18 @@ def train_cell(cell, device, args, progress):
         images = ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
         return images, mask, 25 * positions[..., 0] + positions[..., 1]
 
-    model, steps = all_cnn(cell["width"]).to(device), 0 if beta is None else s["steps"]
-    optimizer = torch.optim.Adam(param_groups(model, s["lr"], s["lr_noise"]), fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(i / s["steps"]))
+    model, steps = all_cnn(cell["width"]).to(device), s["steps"]
     batches = minibatches(s["n"], s["batch"], device)
-    for step in range(steps):
+
+    def loss(step):
         index, warm_up = next(batches), min(1, step / steps / 0.4)
         images, *_ = draw(x[index])
-        loss, _, _ = ib_loss(model(images), y[index], model, beta * warm_up, s["n"])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        if step % 100 == 0 or step == steps - 1:
-            progress(step, steps, loss.item())
+        return ib_loss(model(images), y[index], model, beta * warm_up, s["n"])[0]
+
+    if beta is not None:
+        for step, value in descend(param_groups(model, s["lr"], s["lr_noise"]), steps, 0.8, loss):
+            if step % 100 == 0 or step == steps - 1:
+                progress(step, steps, value.item())
     return measure(model, draw, x, x_test, y_test, s, anchors=beta is None)
 
 
@@ -177,31 +176,27 @@ def measure(model, draw, x, x_test, y_test, s, anchors):
         if isinstance(layer, StochasticConv2d):
             layer.local = True
     features, head = model
-    last = features[-3]  # the last stochastic layer; batch normalisation and ReLU follow
-    digits = torch.cat([x[:s["pairs"]], x_test]).split(1000)
 
     def codes(encode):
-        drawn = ((encode(shown), *rest) for shown, *rest in map(draw, digits))
-        return map(torch.cat, zip(*drawn))
+        drawn = map(draw, torch.cat([x[:s["pairs"]], x_test]).split(1000))
+        return map(torch.cat, zip(*((encode(shown), *rest) for shown, *rest in drawn)))
 
     with bn_recalibrated(model, images, draw=True):
         z, masks, places = codes(lambda shown: predict(features, shown))
         logits = predict(head, z[-len(x_test):])
         inputs = predict(features[:-3], images_test)
-        units = predict(last, inputs)
+        disentangled = disentanglement(features[-3], inputs)
     positions, curve = position_information(z, places, s)
     ratio = density_ratio_information(
-        Discriminator(z.shape[1]).to(z.device), z, masks, validation=s["validation"],
-        held_out=s["test"], steps=s["discriminator_steps"])
+        Discriminator(z.shape[1]).to(z.device), z, masks, steps=s["discriminator_steps"],
+        validation=s["validation"], held_out=s["test"])
     layers = layer_bounds(features)
     bottleneck = min(layers, key=lambda name: layers[name]["bound"])
     row = {"test_acc": test_acc, "test_acc_sampled": accuracy(logits, y_test),
-           "i_zn_positions": positions, "curve": curve,
-           "i_zn_dv": ratio["donsker_varadhan"], "i_zn_nce": ratio["info_nce"],
-           "i_zy": label_information(logits, y_test).item(), "bottleneck": bottleneck,
-           "bound": layers[bottleneck]["bound"], "layers": layers,
-           "bound_without_1": min(v["per_unit"] * v["units"] for v in layers.values()),
-           "information": weight_information(model).item(), **disentanglement(last, inputs, units)}
+           "i_zn_positions": positions, "curve": curve, "i_zn_nce": ratio["info_nce"],
+           "i_zn_dv": ratio["donsker_varadhan"], "layers": layers, "bottleneck": bottleneck,
+           "i_zy": label_information(logits, y_test).item(), **layers[bottleneck],
+           "information": weight_information(model).item(), **disentangled}
     if anchors:
         row["i_zn_shuffled"] = position_information(z, places.roll(1, 0), s)[0]
         pictures, _, places = codes(lambda shown: F.pixel_unshuffle(shown, 4))
@@ -214,7 +209,7 @@ def layer_bounds(features):
     """{layer: its units, weights, nats in the weights, and bound of Cor. 5.3 on I(z;x), nats}.
 
     With uncorrelated inputs, Gaussian noise of variance a on its weights makes a unit a channel of
-    capacity log(1 + 1/a)/2, per_unit; a is the unit's own. The bound has 1 nat more per unit.
+    capacity log(1 + 1/a)/2; a is the unit's own. The bound has 1 nat more per unit.
     """
     bounds, side = {}, 28
     for number, layer in enumerate((m for m in features if isinstance(m, nn.Conv2d)), 1):
@@ -226,21 +221,21 @@ def layer_bounds(features):
             bound = layer_information_bound(units, torch.log1p(noise)).item()
             bounds[f"conv{number}"] = {
                 "units": units, "weights": layer.weight.numel(), "bound": bound,
-                "information": layer.information().item(), "per_unit": bound / units - 1}
+                "capacity": bound - units, "information": layer.information().item()}
     return bounds
 
 
 @torch.no_grad()
-def disentanglement(layer, inputs, units):
+def disentanglement(layer, inputs):
     """TC(z) and I(x;z) of a 1x1 convolution's units at a position, nats (Prop. 5.1).
 
-    inputs, units: (n, channels, height, width), what goes in and what comes out with noise; all
-    positions count as samples, but those without any input, where Prop. 5.1 diverges.
+    All positions of inputs (n, channels, height, width) are samples, but those without any input,
+    where Prop. 5.1 diverges.
     """
-    inputs, units = (rearrange(t, "n c h w -> (n h w) c") for t in (inputs, units))
+    inputs, units = (rearrange(t, "n c h w -> (n h w) c") for t in (inputs, predict(layer, inputs)))
     alive = inputs.any(1)
-    weight, log_alpha = layer.weight.flatten(1), layer.log_alpha.flatten(1)
-    both = layer_information(weight, torch.log1p(log_alpha.exp()), inputs[alive]).item()
+    alpha = torch.log1p(layer.log_alpha.flatten(1).exp())
+    both = layer_information(layer.weight.flatten(1), alpha, inputs[alive]).item()
     correlation = total_correlation(units[alive]).item()
     return {"total_correlation": correlation, "i_xz": both - correlation,
             "tc_share": correlation / both}
@@ -295,8 +290,8 @@ def claims(ok, scale):
     add("I(z;y) stays within 0.15 nats of its best, and of 2.2, up to β = 1", "2.21 nats", label,
         best - worst < 0.15 and abs(best - 2.2) < 0.15)
     kept = [nuisance[-1] / nuisance[one], label[-1] / label[one]]
-    add(f"from β = 1 to {betas[-1]:g} I(z;n) loses a larger share than I(z;y) (shown: kept)", "–",
-        kept, kept[0].max() < kept[1].min(), "{:.0%}", ("I(z;n)", "I(z;y)"))
+    add("beyond β = 1, I(z;n) loses a larger share than I(z;y) (shown: what is kept)", "–", kept,
+        kept[0].max() < kept[1].min(), "{:.0%}", ("I(z;n)", "I(z;y)"))
     slack = values("bound") - np.maximum(nuisance, nce)
     add("I(z;n) is below the bound of Cor. 5.3 (shown: by how much)", "yes", slack, slack.min() > 0,
         "{:.0f}")
@@ -309,7 +304,7 @@ def measured(ok):
     """What was measured in each cell, means over seeds, nats; layer: that of the least bound."""
     columns = {"accuracy": "test_acc", "I(z;n) positions": "i_zn_positions", "InfoNCE": "i_zn_nce",
                "DV": "i_zn_dv", "I(z;y)": "i_zy", "I(x;z)": "i_xz", "TC(z)": "total_correlation",
-               "TC share": "tc_share", "bound": "bound", "without +1": "bound_without_1"}
+               "TC share": "tc_share", "bound": "bound", "without +1": "capacity"}
     table = []
     for width, beta in sorted({(row["width"], row["beta"] or 0) for row in ok}):
         rows = ok_rows(ok, width=width, beta=beta or None)
@@ -321,11 +316,10 @@ def measured(ok):
 
 
 def plot(ok, args):
-    width = next(iter(GRID[args.scale]))
+    width, *others = GRID[args.scale]
     fig, axes = new_figure(2, 3, f"Fig. 4: All-CNN, width ×{width:g}, {args.dataset} with "
                            f"clutter, scale {args.scale}, {len({row['seed'] for row in ok})} seeds")
-    picture_ax, nats_ax, steps_ax, bound_ax, layer_ax, unit_ax = axes.flat
-    rows = [row for row in ok_rows(ok, width=width) if row["beta"]]
+    picture_ax, steps_ax, nats_ax, bound_ax, layer_ax, unit_ax = axes.flat
     images, _ = add_clutter(synthetic_digits(16)[0], torch.Generator().manual_seed(0))
     picture_ax.imshow(rearrange(images, "(a b) 1 h w -> (a h) (b w)", a=4), cmap="gray")
     picture_ax.set(xticks=[], yticks=[], title="clutter, on synthetic digits")
@@ -333,37 +327,35 @@ def plot(ok, args):
     beta, nuisance, bound = zip(*PAPER)
     nats_ax.plot(beta, nuisance, "D-", color="0.6", ms=4, label="paper, I(z;n), 192 channels")
     nats_ax.axhline(PAPER_LABEL, color="0.6", ls="--", label="paper, I(z;y)")
-    for key, form, name in (("positions", "o-", "I(z;n), positions"), ("nce", "v-", "InfoNCE")):
-        plot_points(nats_ax, summarise(rows, "beta", f"i_zn_{key}"), form, label=name)
-    plot_points(nats_ax, summarise(rows, "beta", "i_zy"), "s-", label="I(z;y)")
-    for other in GRID[args.scale].keys() - {width}:
+    bound_ax.plot(beta, bound, "D-", color="0.6", ms=4, label="paper, 9,408 units")
+    rows = [row for row in ok_rows(ok, width=width) if row["beta"]]
+    for ax, key, name in ((nats_ax, "i_zn_positions", "I(z;n), positions"),
+                          (nats_ax, "i_zn_nce", "I(z;n), InfoNCE"), (nats_ax, "i_zy", "I(z;y)"),
+                          (bound_ax, "bound", "ours"), (bound_ax, "capacity", "without +1 per unit"),
+                          (unit_ax, "i_xz", "I(x;z)"), (unit_ax, "total_correlation", "TC(z)")):
+        plot_points(ax, summarise(rows, "beta", key), label=name)
+    for other in others:
         plot_points(nats_ax, summarise(ok, "beta", "i_zn_positions", width=other), "^:",
                     label=f"I(z;n), positions, width ×{other:g}")
     for row in ok_rows(ok, beta=None):
         for key, style in (("picture", "-"), ("positions", "--"), ("shuffled", ":")):
             nats_ax.axhline(row[f"i_zn_{key}"], color="C0", lw=0.8, ls=style)
-    nats_ax.set(yscale="symlog", ylabel="nats",
-                title="lines: picture, untrained (dashed), shuffled (dotted)")
-    for colour, extreme in enumerate((min, max)):
-        for row in ok_rows(rows, beta=extreme((row["beta"] for row in rows), default=0)):
+    for colour, end in ((0, min), (1, max)):
+        for row in ok_rows(rows, beta=end((row["beta"] for row in rows), default=0)):
             steps_ax.plot(*zip(*row["curve"]), f"C{colour}o-", ms=3, label=f"β = {row['beta']:g}")
-    steps_ax.set(xlabel="steps of the decoder", ylabel="nats", yscale="symlog",
-                 title="I(z;n) from positions, validation")
-    bound_ax.plot(beta, bound, "D-", color="0.6", ms=4, label="paper, 9,408 units")
-    for key, name in (("bound", "ours"), ("bound_without_1", "ours, without +1 per unit")):
-        plot_points(bound_ax, summarise(rows, "beta", key), label=name)
-    bound_ax.set(yscale="log", ylabel="nats", title="bound of Cor. 5.3 on I(z;n)")
-    for number in range(2, 9):
-        points = [row | {"y": row["layers"][f"conv{number}"]["per_unit"]} for row in rows]
-        plot_points(layer_ax, summarise(points, "beta", "y"), label=f"conv{number}")
-    layer_ax.set(yscale="log", ylabel="nats per unit", title="the same without +1, per unit")
-    for key, name in (("i_xz", "I(x;z)"), ("total_correlation", "TC(z)")):
-        plot_points(unit_ax, summarise(rows, "beta", key), label=name)
-    unit_ax.set(ylabel="nats", ylim=(0, None), title="last stochastic layer, at one position")
-    for ax in (nats_ax, bound_ax, layer_ax, unit_ax):
-        ax.set(xscale="log", xlabel="β")
-    for ax in axes.flat[1:]:
+    for name in rows[0]["layers"] if rows else ():
+        per_unit = [row | {"y": row["layers"][name]["capacity"] / row["layers"][name]["units"]}
+                    for row in rows]
+        plot_points(layer_ax, summarise(per_unit, "beta", "y"), label=name)
+    for ax, scale, title in (
+            (nats_ax, "symlog", "lines: picture, untrained (dashed), shuffled (dotted)"),
+            (bound_ax, "log", "bound of Cor. 5.3 on I(z;n)"),
+            (layer_ax, "log", "the same per unit, without +1"),
+            (unit_ax, "linear", "last stochastic layer, at one position"),
+            (steps_ax, "symlog", "I(z;n) from positions, on validation digits")):
+        ax.set(xscale="log", yscale=scale, xlabel="β", ylabel="nats", title=title)
         ax.legend()
+    steps_ax.set(xscale="linear", xlabel="steps of the decoder")
     save_figure(fig, args)
 
 
