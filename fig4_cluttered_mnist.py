@@ -116,7 +116,7 @@ def position_information(z, places, s, hidden=64):
 
     batches = minibatches(train, 128, z.device)
     for step, _ in descend(decoder.parameters(), steps, 0.3, lambda _: -nats(next(batches)).mean()):
-        if (step + 1) % (steps // 8) == 0:
+        if (step + 1) * 8 % steps < 8:  # eight times
             decoder.eval()
             with torch.no_grad():
                 held_out = torch.arange(train, len(z), device=z.device).split(500)

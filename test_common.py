@@ -1933,7 +1933,8 @@ def test_fig4_bounds_a_layer_by_the_capacity_of_its_gaussian_units():
     bounds = fig4.layer_bounds(features)
     kl = common.gaussian_kl(torch.zeros(())).item()
     for name, units in (("conv2", 3 * 28**2), ("conv8", 6 * 7**2)):
-        assert bounds[name] == pytest.approx(units * (kl + 1), rel=1e-4)
+        assert bounds[name]["bound"] == pytest.approx(units * (kl + 1), rel=1e-4)
+        assert bounds[name]["capacity"] == pytest.approx(units * kl, rel=1e-4)
     assert "conv1" not in bounds
 
 
