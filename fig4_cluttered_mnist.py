@@ -14,8 +14,8 @@ from z: they determine n, and are independent and uniform over 625 places, so I(
 10 * (log 625 - cross-entropy). Anchors: the same from the picture, from an untrained network's z,
 and from shuffled z. Beside it, as in the paper, a discriminator of pairs (z, n).
 
-All layers but the first and the last are stochastic. In training a batch shares one weight sample.
-When z is drawn from p(z|x), every example and position has noise of its own, as Cor. 5.3 counts it.
+All layers but the first and the last are stochastic. Batches share a weight sample in training; in
+z every example and position has noise of its own, as Cor. 5.3 counts it.
 """
 import math
 
@@ -32,15 +32,15 @@ from common import (StochasticConv2d, accuracy, add_clutter, bn_recalibrated, cl
                     plot_points, predict, run_grid, save_figure, save_tables, summarise,
                     synthetic_digits, total_correlation, weight_information)
 
-# Stored in every row. n digits train the classifier, `pairs` of them decoder and discriminator, the
-# last `validation` of which decide when the latter stops.
+# Stored in every row. n digits train the classifier, and `passes` of them under new clutter the
+# decoder and the discriminator, which stops by the last `validation`.
 RATES = dict(lr=0.003, lr_noise=0.05)
 SETTINGS = {
-    "demo": dict(n=4000, steps=400, batch=64, pairs=4000, discriminator_steps=300,
+    "demo": dict(n=4000, steps=400, batch=64, passes=4, discriminator_steps=300,
                  decoder_steps=400, validation=500, test=1000, **RATES),
-    "cpu": dict(n=60_000, steps=1800, batch=100, pairs=60_000, discriminator_steps=1200,
+    "cpu": dict(n=60_000, steps=1800, batch=100, passes=1, discriminator_steps=1200,
                 decoder_steps=4000, validation=1000, test=5000, **RATES),
-    "paper": dict(n=60_000, steps=20_000, batch=100, pairs=60_000, discriminator_steps=20_000,
+    "paper": dict(n=60_000, steps=20_000, batch=100, passes=1, discriminator_steps=20_000,
                   decoder_steps=20_000, validation=2000, test=10_000, **RATES),
 }
 BETAS = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -159,7 +159,7 @@ def train_cell(cell, device, args, progress):
 
 
 def measure(model, draw, x, x_test, y_test, s, anchors):
-    """What a row holds. z is drawn from p(z|x), with independent noise for every example."""
+    """What a row holds."""
     images = [draw(part)[0] for part in x[:2000].split(100)]
     images_test = draw(x_test)[0]
     with bn_recalibrated(model, images, draw=False):
@@ -170,7 +170,7 @@ def measure(model, draw, x, x_test, y_test, s, anchors):
     features, head = model
 
     def codes(encode):
-        drawn = map(draw, torch.cat([x[:s["pairs"]], x_test]).split(1000))
+        drawn = map(draw, torch.cat([x] * s["passes"] + [x_test]).split(1000))
         return map(torch.cat, zip(*((encode(shown), *rest) for shown, *rest in drawn)))
 
     with bn_recalibrated(model, images, draw=True):
@@ -243,7 +243,7 @@ def make_cells(scale):
 
 
 def claims(ok, scale):
-    """The claims table, over the seeds of which no cell is missing."""
+    """The claims table, over complete seeds."""
     width, (_, *betas) = next(iter(GRID[scale].items()))
     rows, table = complete_seeds(ok, make_cells(scale)), []
     if not rows:
