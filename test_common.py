@@ -1866,14 +1866,14 @@ def test_fig4_claims_can_hold_and_fail(monkeypatch):
         for beta, nats, changes in ((0.001, 3.0, low), (1.0, 1.0, high), (10.0, 0.5, {})):
             rows.append(dict(status="ok", seed=0, width=1 / 8, beta=beta, i_zn_positions=nats,
                              i_zn_nce=nats - 0.1, i_zn_dv=nats, i_zy=2.2,
-                             curve=[[1, nats]] * 8, total_correlation=nats, tc_share=nats)
+                             curve=[[1, nats, nats]] * 8, total_correlation=nats, tc_share=nats)
                         | changes)
         return [row["holds"] for row in fig4.claims(rows, "cpu")]
 
     assert verdicts() == ["yes"] * 8
     for position, changes in enumerate((
             dict(high={"i_zn_positions": 1.6}), dict(i_zn_shuffled=0.2),
-            dict(high={"i_zn_nce": 1.1}), dict(low={"curve": [[1, 2.5]] * 8}),
+            dict(high={"i_zn_nce": 1.1}), dict(low={"curve": [[1, 2.5, 2.5]] * 8}),
             dict(high={"i_zy": 2.0}), dict(high={"i_zn_positions": 0.4}),
             dict(high={"total_correlation": 3.1}),
             dict(high={"tc_share": 3.1}))):
@@ -1885,14 +1885,14 @@ def test_fig4_position_information_is_known_for_all_and_for_nothing():
     """A square's place shown on 25x25 of the 28x28 pixels is all of log 625; noise is nothing."""
     import fig4_cluttered_mnist as fig4
     torch.manual_seed(0)
-    s = dict(decoder_steps=80, test=400)
+    s = dict(decoder_steps=80, validation=200, test=400)
     places = torch.randint(625, (2500, 1))
     corner = torch.zeros(2500, 25, 25).flatten(1).scatter(1, places, 1.0).view(-1, 1, 25, 25)
     z = F.pixel_unshuffle(F.pad(corner, (0, 3, 0, 3)), 4)
-    steps, known = zip(*fig4.position_information(z, places, s, hidden=16))
-    nothing = fig4.position_information(z, places.roll(1, 0), s, hidden=16)[-1][1]
-    assert 0.9 * math.log(625) < known[-1] < math.log(625) and -0.5 < nothing < 0.05
-    assert steps == tuple(range(10, 81, 10))
+    known, curve = fig4.position_information(z, places, s, hidden=16)
+    nothing, _ = fig4.position_information(z, places.roll(1, 0), s, hidden=16)
+    assert 0.9 * math.log(625) < known < math.log(625) and -0.1 < nothing < 0.05
+    assert [step for step, *_ in curve] == list(range(0, 81, 10))
 
 
 def test_fig4_masks_noise_and_clutter(monkeypatch, tmp_path):
