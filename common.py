@@ -673,19 +673,22 @@ def corrupt_labels(labels, fraction, num_classes, generator, kind="uniform"):
     return corrupted
 
 
-def add_clutter(images, generator, squares=10, size=4):
+def add_clutter(images, generator, squares=10, size=4, positions=False):
     """Paste white squares at uniform positions: (images (n, c, h, w), bool mask (n, 1, h, w)).
 
     images: uint8 (white: 255) or float (white: 1). Squares may overlap, not leave the image.
+    positions: return also the squares' first row and column, int64 (n, squares, 2).
     """
-    strips = []
+    strips, starts = [], []
     for length in images.shape[2:]:  # (n, squares, length), 1 where a square covers row or column
         shape, device = (len(images), squares, 1), generator.device
         start = torch.randint(length - size + 1, shape, generator=generator, device=device)
-        offset = torch.arange(length, device=images.device) - start.to(images.device)
+        starts.append(start.to(images.device))
+        offset = torch.arange(length, device=images.device) - starts[-1]
         strips.append(((offset >= 0) & (offset < size)).float())
     mask = einsum(*strips, "n s h, n s w -> n h w").gt(0).unsqueeze(1)
-    return images.masked_fill(mask, 1 if images.is_floating_point() else 255), mask
+    images = images.masked_fill(mask, 1 if images.is_floating_point() else 255)
+    return (images, mask, torch.cat(starts, 2)) if positions else (images, mask)
 
 
 DIGIT_FONTS = ("DejaVuSans[-.M]*", "DejaVuSerif[-.]*", "STIXGeneral*", "cm[brt]*", "cmss*")

@@ -27,7 +27,7 @@ from common import (beta_at, claim, complete_seeds, corrupt_labels, crossing, dr
                     weight_information)
 
 # What a cell is trained and measured with, stored in its row. It takes steps * max(1, N/300)^0.4.
-SHARED = dict(lr_noise=0.16, hold=0.6, peak=0.5)
+SHARED = dict(lr_noise=0.16, hold=0.6, peak=0.3)
 SETTINGS = {
     "demo": dict(widths={"Small AlexNet": 1 / 8, "All-CNN": 1 / 16, "ResNet": 1 / 2}, blocks=1,
                  steps=1000, batch=50, lr=0.012, test=1000, **SHARED),

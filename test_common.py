@@ -923,8 +923,8 @@ FIG2 = {"SETTINGS": dict(widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "Re
 FIG3 = {"SETTINGS": dict(n=20, test=20, batch=10, width_steps=6, beta_steps=6, lr_sgd=0.05,
                          weight_decay=0.001, lr=0.003, lr_noise=0.04),
         "GRID": dict(widths=(1 / 96, 1 / 32), beta_width=1 / 32, betas=(0.01, 1.0, 100.0))}
-FIG4 = {"SETTINGS": dict(width=1 / 32, n=60, steps=3, batch=20, pairs=60, discriminator_steps=3,
-                         validation=20, test=30, lr=0.003, lr_noise=0.05),
+FIG4 = {"SETTINGS": dict(width=1 / 32, n=60, steps=3, batch=20, passes=1, discriminator_steps=3,
+                         decoder_steps=8, validation=20, test=30, lr=0.003, lr_noise=0.05),
         "GRID": (0.001, 10.0)}
 FIG5 = {"SETTINGS": dict(channels=(4, 4, 8, 4), maps=2, synthetic=(60, 40), batch=16, components=5,
                          classifier_steps=3, decoder_steps=3, vae_steps=3, kl_weight=100,
@@ -936,7 +936,7 @@ MEASURED = {
     "fig1_phase_transition": "train_acc train_acc_batch train_acc_mean test_acc objective",
     "fig2_corrupted_labels": "train_acc train_acc_batch test_acc objective panel",
     "fig3_width_beta": "params train_acc test_acc panel width",
-    "fig4_cluttered_mnist": "test_acc i_zn_nce i_zn_dv i_zy bound total_correlation",
+    "fig4_cluttered_mnist": "test_acc i_zn_positions i_zn_nce i_zn_dv i_zy bound total_correlation",
     "fig5_celeba_vae": "picture_nats picture_nats_outside picture_nats_inside attribute_acc "
                        "reconstruction_mse background_mse attribute_agreement majority_acc",
 }
@@ -1360,26 +1360,43 @@ def test_fig3_claims_can_hold_and_fail(monkeypatch):
     assert fig3_verdicts(u | {0.01: 29.9}, falling)[-1] == "NO"  # the best is at an end
 
 
-def fig4_row(beta, **changes):
-    nats = {0.001: 3.0, 0.1: 2.0, 1.0: 1.0}[beta]
-    return dict(status="ok", seed=0, beta=beta, i_zn=nats, i_zn_dv=nats, i_zn_nce=nats, i_zy=2.2,
-                bound=100.0, total_correlation=nats) | changes.get(beta, {})
-
-
 def test_fig4_claims_can_hold_and_fail(monkeypatch):
     import fig4_cluttered_mnist as fig4
-    monkeypatch.setattr(fig4, "GRID", {"cpu": (0.001, 0.1, 1.0)})
+    monkeypatch.setattr(fig4, "GRID", {"cpu": {1 / 8: (None, 0.001, 1.0, 10.0)}})
 
-    def verdicts(**changes):
-        changes = {{"low": 0.001, "mid": 0.1, "high": 1.0}[k]: v for k, v in changes.items()}
-        rows = [fig4_row(beta, **{}) | changes.get(beta, {}) for beta in (0.001, 0.1, 1.0)]
+    def verdicts(low={}, high={}, **others):
+        rows = [dict(status="ok", seed=0, width=1 / 8, beta=None, i_zn_picture=39, i_zn_shuffled=0)
+                | others]
+        for beta, nats, changes in ((0.001, 3.0, low), (1.0, 1.0, high), (10.0, 0.5, {})):
+            rows.append(dict(status="ok", seed=0, width=1 / 8, beta=beta, i_zn_positions=nats,
+                             i_zn_nce=nats - 0.1, i_zn_dv=nats, i_zy=2.2,
+                             curve=[[1, nats, nats]] * 8, total_correlation=nats, tc_share=nats)
+                        | changes)
         return [row["holds"] for row in fig4.claims(rows, "cpu")]
 
-    assert verdicts() == ["yes"] * 4
-    assert verdicts(high={"i_zn_nce": 1.6})[0] == verdicts(mid={"i_zn_nce": 3.2})[0] == "NO"
-    assert verdicts(high={"i_zy": 2.0})[1] == verdicts(low={"bound": 2.5})[2] == "NO"
-    assert verdicts(mid={"total_correlation": 3.1})[3] == "NO"
-    assert verdicts(mid={"status": "diverged"}) == []
+    assert verdicts() == ["yes"] * 8
+    for position, changes in enumerate((
+            dict(high={"i_zn_positions": 1.6}), dict(i_zn_shuffled=0.2),
+            dict(high={"i_zn_nce": 1.1}), dict(low={"curve": [[1, 2.5, 2.5]] * 8}),
+            dict(high={"i_zy": 2.0}), dict(high={"i_zn_positions": 0.4}),
+            dict(high={"total_correlation": 3.1}),
+            dict(high={"tc_share": 3.1}))):
+        assert verdicts(**changes)[position] == "NO", changes
+    assert verdicts(high={"status": "diverged"}) == []
+
+
+def test_fig4_position_information_is_known_for_all_and_for_nothing():
+    """A square's place shown on 25x25 of the 28x28 pixels is all of log 625; noise is nothing."""
+    import fig4_cluttered_mnist as fig4
+    torch.manual_seed(0)
+    s = dict(decoder_steps=80, validation=200, test=400)
+    places = torch.randint(625, (2500, 1))
+    corner = torch.zeros(2500, 25, 25).flatten(1).scatter(1, places, 1.0).view(-1, 1, 25, 25)
+    z = F.pixel_unshuffle(F.pad(corner, (0, 3, 0, 3)), 4)
+    known, curve = fig4.position_information(z, places, s, hidden=16)
+    nothing, _ = fig4.position_information(z, places.roll(1, 0), s, hidden=16)
+    assert 0.9 * math.log(625) < known < math.log(625) and -0.1 < nothing < 0.05
+    assert [step for step, *_ in curve] == list(range(0, 81, 10))
 
 
 def test_fig5_ridge_reads_the_nats_of_a_gaussian_channel_and_none_from_what_is_independent():
