@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import fig4_cluttered_mnist as fig4
 from beyond.proper_prior import prior_divergence
 from common import (LAMBDAS, StochasticConv2d, StochasticLinear, alpha_from_information,
-                    gaussian_kl, g, layer_information, layer_information_bound, pac_bayes_bound)
+                    g, layer_information, layer_information_bound, pac_bayes_bound)
 
 torch.set_num_threads(1)
 
@@ -124,9 +124,10 @@ def test_fig4_bounds_a_layer_by_the_capacity_of_its_gaussian_units():
         if isinstance(layer, StochasticConv2d):
             layer.log_alpha = 0.0
     bounds = fig4.layer_bounds(features)
-    kl = gaussian_kl(torch.zeros(())).item()
+    capacity = math.log(2) / 2  # log(1 + 1/alpha)/2 at alpha = 1
     for name, units in (("conv2", 3 * 28**2), ("conv8", 6 * 7**2)):
-        assert bounds[name] == pytest.approx(units * (kl + 1), rel=1e-4)
+        assert bounds[name]["bound"] == pytest.approx(units * (capacity + 1), rel=1e-4)
+        assert bounds[name]["capacity"] == pytest.approx(units * capacity, rel=1e-4)
     assert "conv1" not in bounds
 
 
