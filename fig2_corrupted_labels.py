@@ -1,6 +1,6 @@
 """Fig. 2: random labels are memorised while beta < 1 by every architecture, at a cost in nats.
 
-    python fig2_corrupted_labels.py --scale demo     # synthetic images, under 2 minutes on 2 cores
+    python fig2_corrupted_labels.py --scale demo     # synthetic images, 2 minutes on 2 cores
     python fig2_corrupted_labels.py --scale cpu      # CIFAR-10, small networks, 4 hours on 2 cores
     python fig2_corrupted_labels.py --gpu 0          # CIFAR-10, the paper's N = 10,000 and 30,000
 
@@ -10,9 +10,8 @@ labels corrupted: "uniform", resampled over all classes, or "pair", made the nex
 has to be stored is the entropy of the corrupted labels given the true ones, of which pair flips
 have less than uniform noise with as many wrong labels.
 
-Protocol as in Fig. 1: Adam; learning rates held to 60% of the steps, then a cosine to 0; beta as
-in beta_at. Every parameter has noise and is counted. Train error and cross-entropy: sampled
-weights, batch statistics, as in training.
+Protocol and measures as in Fig. 1, with a lower peak of beta, at which All-CNN and ResNet still
+learn, chosen by their objectives at N = 1,000, beta = 0.2 on a seed that the grid does not use.
 """
 import math
 
@@ -30,7 +29,7 @@ from common import (beta_at, claim, complete_seeds, corrupt_labels, crossing, dr
 SHARED = dict(lr_noise=0.16, hold=0.6, peak=0.3)
 SETTINGS = {
     "demo": dict(widths={"Small AlexNet": 1 / 8, "All-CNN": 1 / 16, "ResNet": 1 / 2}, blocks=1,
-                 steps=1000, batch=50, lr=0.012, test=1000, **SHARED),
+                 steps=1000, batch=50, lr=0.012, lr_noise=0.06, hold=0.6, peak=0, test=1000),
     "cpu": dict(widths={"Small AlexNet": 1 / 4, "All-CNN": 1 / 8, "ResNet": 1 / 2}, blocks=1,
                 steps=5000, batch=100, lr=0.024, test=5000, **SHARED),
     "paper": dict(widths={"Small AlexNet": 1, "All-CNN": 1, "ResNet": 4}, blocks=3,
@@ -41,7 +40,7 @@ UNIFORM = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 PAIR = (0.09, 0.27, 0.45)  # as many wrong labels as with 0.1, 0.3 and 0.5 resampled
 # The cells: models at n_models and betas; corruptions at n and beta; real and random at other_n.
 GRID = {
-    "demo": dict(n_models=100, betas=(0.1, 0.4, 10.0), n=200, beta=0.1, uniform=(0.0, 0.5, 1.0),
+    "demo": dict(n_models=100, betas=(0.03, 0.3, 3.0), n=200, beta=0.03, uniform=(0.0, 0.5, 1.0),
                  pair=(), other_n=()),
     "cpu": dict(n_models=1000, betas=BETAS, n=3000, beta=0.1, uniform=UNIFORM, pair=PAIR,
                 other_n=(300, 1000)),
@@ -59,7 +58,7 @@ def load_data(args):
 
 
 class Shift(nn.Module):
-    """x + a bias per channel, of a linear layer, so that to_stochastic makes it noisy too."""
+    """x + a bias per channel, of a linear layer, so that it gets noise too."""
 
     def __init__(self, channels):
         super().__init__()
@@ -119,7 +118,7 @@ class Block(nn.Module):
 
 
 def resnet(width, blocks):
-    """Pre-activation ResNet, 6*blocks + 2 layers deep, 16, 32 and 64 channels times width."""
+    """Pre-activation ResNet, 6*blocks + 2 layers deep, 16 to 64 channels times width."""
     channels = int(16 * width)
     layers = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
     for stage in range(3):
@@ -179,7 +178,7 @@ PAPER_ERROR = {"Small AlexNet": (1.4, 3.8, 7.3, 10.2, 17.6, 74.2, 87.8, 89.3, 89
                "All-CNN": (4.7, 16.9, 31, 55.4, 79, 85, 88),
                "ResNet": (1.5, 3.3, 6, 15.5, 81.7, 87.6, 88.5)}
 PAPER_NATS = (-0.22, 0.53, 1.54, 2.21, 2.62, 2.81, 2.87)  # at UNIFORM
-LOG10 = math.log(10)  # nats in a random label
+LOG10 = math.log(10)
 
 
 def label_entropy(fraction, kind):
@@ -218,11 +217,12 @@ def claims(ok, scale):
             "; ".join(f"{paper[b]:g}%" for b in error if b in paper),
             "; ".join(f"β = {b:g}: {fmt(v, '{:.1f}%')}" for b, v in error.items()),
             max(error[low]) < 15 and min(error[high]) > 80))
-        edge = per_seed(lambda rows: crossing(summarise(rows, "beta", "train_acc_batch"), 0.45),
-                        net)
-        paper = crossing([(beta, -v) for beta, v in paper.items()], -55)
-        table.append(claim(f"{model}: it passes 55% at a β from 0.3 to 1.05", f"{paper:.2g}",
-                           fmt(edge), 0.3 <= min(edge) and max(edge) <= 1.05))
+        if len(grid["betas"]) > 3:  # the demo is too short to find the edge
+            edge = per_seed(lambda rows: crossing(summarise(rows, "beta", "train_acc_batch"), 0.45),
+                            net)
+            paper = crossing([(beta, -v) for beta, v in paper.items()], -55)
+            table.append(claim(f"{model}: it passes 55% at a β from 0.3 to 1.05", f"{paper:.2g}",
+                               fmt(edge), 0.3 <= min(edge) and max(edge) <= 1.05))
     if rows:
         largest = max(row["r"] for row in rows)
         table.append(claim("no code is shorter than random labels: r ≤ 1 in every cell", "theory",
@@ -241,7 +241,7 @@ def corruption_claims(rows, grid):
     table = [
         claim(f"N = {n:,}, β = {beta:g}: train accuracy over 85% at every corruption",
               "fits everything", f"at least {least:.1%}", least > 0.85),
-        claim("information grows with every step of uniform corruption (mean over seeds)",
+        claim("information grows with every step of uniform corruption",
               "yes", "; ".join(map(fmt, growth)),
               all(growth.mean(1) > 0))]
     if grid["pair"]:
@@ -287,7 +287,7 @@ def plot(ok, args):
                  title=f"random labels, N = {grid['n_models']:,} (paper: 10,000)")
     r_ax.plot([0, 1], [0, 1], "k", lw=1, label="r = β: below it memory does not pay")
     r_ax.set(xlabel="β", ylabel="r, label nats per nat in the weights", xlim=(0, 1.05),
-             ylim=(0, 1.05), title="random labels: efficiency of the code")
+             ylim=(0, 1.05), title="efficiency of the code")
 
     for kind, label in (("uniform", "uniform noise"), ("pair", "pair flips")):
         rows = ok_rows(main, kind=kind)
@@ -298,7 +298,7 @@ def plot(ok, args):
         ax.plot(paper_x, np.subtract(PAPER_NATS, PAPER_NATS[0]), "o-", color="0.75", ms=4,
                 zorder=0, label="paper, uniform noise (N likely 30,000)")
         ax.set(ylabel="rise of I(w;D)/N over real labels, nats")
-    nats_ax.set(xlabel="corruption (fraction of labels resampled or flipped)",
+    nats_ax.set(xlabel="fraction of labels corrupted",
                 title=f"Small AlexNet, N = {grid['n']:,}, β = {grid['beta']:g}")
     entropy_ax.plot([0, LOG10], [0, LOG10], "k--", lw=1, label="one nat per nat")
     entropy_ax.set(xlabel="H(corrupted label | true label), nats",

@@ -123,7 +123,7 @@ def position_information(z, places, s, hidden=64):
 
 
 def train_cell(cell, device, args, progress):
-    """Train one classifier, then measure it and what its representation holds."""
+    """Train one classifier, and measure what its representation holds."""
     s, beta = SETTINGS[args.scale], cell["beta"]
     torch.manual_seed(cell["seed"])
     generator = torch.Generator().manual_seed(cell["seed"])
@@ -252,7 +252,7 @@ def claims(ok, scale):
 
     one = betas.index(1)
     nuisance, label, nce = map(values, ("i_zn_positions", "i_zy", "i_zn_nce"))
-    add("I(z;n), from positions, falls (no mean rises by over 0.1 nats), by half up to β = 1",
+    add("I(z;n), from positions, falls (never rises by over 0.1), by half up to β = 1",
         "9.7 to 3.1 nats", nuisance, np.diff(nuisance.mean(1)).max() < 0.1
         and nuisance[one].mean() < 0.5 * nuisance[0].mean())
     if scale == "demo":  # trains too briefly for the rest
@@ -290,7 +290,7 @@ def plot(ok, args):
     for row in ok_rows(ok, seed=ok[0]["seed"]):
         steps_ax.plot(*np.transpose(row["curve"])[:2], "o-", ms=3, label=f"β = {row['beta']:g}")
         for key, style in (("picture", "-"), ("untrained", "--"), ("shuffled", ":")):
-            if nats := row.get(f"i_zn_{key}"):
+            if (nats := row.get(f"i_zn_{key}")) is not None:
                 nats_ax.axhline(nats, color="C0", lw=0.8, ls=style, label=f"from {key}")
     for name in ok[0]["layers"]:
         for ax, nats, of in ((layer_ax, "capacity", "units"),
@@ -299,15 +299,16 @@ def plot(ok, args):
                      for row in ok]
             plot_points(ax, summarise(share, "beta", "share"), label=name)
     for ax, scale, title in (
-            (nats_ax, "symlog", "what z holds of nuisance and label"),
-            (bound_ax, "log", "bound of Cor. 5.3 on I(z;n)"),
+            (nats_ax, "symlog", "nuisance and label in z"),
+            (bound_ax, "log", "bound of Cor. 5.3"),
             (layer_ax, "log", "the same per unit, no +1"),
             (weight_ax, "log", "information per weight"),
-            (unit_ax, "linear", "last stochastic layer, at one position"),
+            (unit_ax, "linear", "last layer, at one position"),
             (steps_ax, "linear", "I(z;n) from positions")):
         ax.set(xscale="log", yscale=scale, xlabel="β", ylabel="nats", title=title)
         ax.legend()
-    steps_ax.set(xscale="linear", xlabel="steps of the decoder")
+    steps_ax.set(xscale="linear", xlabel="decoder steps")
+    nats_ax.set_ylim(0)
     save_figure(fig, args)
 
 

@@ -1317,7 +1317,7 @@ def test_fig2_claims_can_hold_and_fail_and_stay_undecided():
 
     verdicts = fig2_verdicts()
     assert len(verdicts) == 13 and set(verdicts.values()) == {"yes"}
-    assert len(fig2_verdicts(scale="demo")) == 9
+    assert len(fig2_verdicts(scale="demo")) == 6
     for part, change in (
             ("All-CNN: train error",
              cell(model="All-CNN", beta=0.158, new_train_acc_batch=0.84)),
