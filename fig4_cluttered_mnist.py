@@ -299,7 +299,7 @@ def plot(ok, args):
                      for row in ok]
             plot_points(ax, summarise(share, "beta", "share"), label=name)
     for ax, scale, title in (
-            (nats_ax, "symlog", "nuisance and label in z"),
+            (nats_ax, "symlog", "what z holds"),
             (bound_ax, "log", "bound of Cor. 5.3"),
             (layer_ax, "log", "the same per unit, no +1"),
             (weight_ax, "log", "information per weight"),

@@ -52,7 +52,7 @@ def make_layer(kind, **options):
     return layer, torch.randn(3, 4, 5, 5)
 
 
-# === 1. Stochastic layers =========================================================================
+# === 1. Stochastic layers
 
 @KINDS
 @NOISES
@@ -302,7 +302,7 @@ def test_training_step_compiles_and_runs_under_bf16_autocast(noise, local):
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-# === 2. Weight-IB loss ============================================================================
+# === 2. Weight-IB loss
 
 def test_ib_loss_is_mean_cross_entropy_plus_beta_over_n_times_nats():
     model = to_stochastic(nn.Linear(5, 4))
@@ -324,7 +324,7 @@ def test_ib_loss_is_mean_cross_entropy_plus_beta_over_n_times_nats():
         weight_information(nn.Linear(3, 3))
 
 
-# === 3. Information estimators: most are tested in beyond =======================================
+# === 3. Information estimators: most are tested in beyond
 
 def test_capacity_and_alpha():
     alpha = torch.tensor([1e-6, 0.1, 1.0, 5.0, 40.0], dtype=torch.double)
@@ -346,7 +346,7 @@ def test_capacity_and_alpha():
     assert flat.item() == pytest.approx(math.log(16) - math.log(4))
 
 
-# === 4. Data ======================================================================================
+# === 4. Data
 
 def cifar_arrays(n=4):
     rng = np.random.default_rng(0)
@@ -572,7 +572,7 @@ def test_synthetic_faces_know_their_factors():
     assert torch.equal(attributes.bool(), torch.stack(told, 1))
 
 
-# === 5. Running a grid, in real processes =====================================================
+# === 5. Running a grid, in real processes
 
 TOY = '''
 """A toy figure."""
@@ -883,7 +883,7 @@ def test_learning_rates_and_minibatches():
     assert len(next(minibatches(2, 5, "cpu"))) == 2
 
 
-# === The sections alone, the scripts, the README ===============================================
+# === The sections alone, the scripts, the README
 
 def test_sections_run_alone_under_the_import_block():
     imports, *sections = re.split(r"(?m)^# === (?=\d\. )", (HERE / "common.py").read_text())
@@ -903,7 +903,7 @@ def test_sections_run_alone_under_the_import_block():
         "synthetic_objects(2)\nsynthetic_digits(2)\nsynthetic_faces(2)\n"
         "add_clutter(torch.zeros(2, 1, 28, 28), torch.Generator())\n"
         "corrupt_labels(torch.zeros(4).long(), 0.5, 10, torch.Generator())\n"
-        "load_images('objects', '', 4, 4)",
+        "load_images('synthetic', '', 4, 4)",
         "assert summarise([{'status': 'ok', 'x': 1, 'y': 2.0}], 'x', 'y') == [(1, 2.0, 0.0, 1)]",
     ]
     for section, use in zip(sections, uses):
@@ -1379,34 +1379,6 @@ def test_fig4_claims_can_hold_and_fail(monkeypatch):
             dict(high={"tc_share": 3.1}))):
         assert verdicts(**changes)[position] == "NO", changes
     assert verdicts(high={"status": "diverged"}) == []
-
-
-def test_fig4_position_information_is_known_for_all_and_for_nothing():
-    """A square's place shown on 25x25 of the 28x28 pixels is all of log 625; noise is nothing."""
-    import fig4_cluttered_mnist as fig4
-    torch.manual_seed(0)
-    s = dict(decoder_steps=80, validation=200, test=400)
-    places = torch.randint(625, (2500, 1))
-    corner = torch.zeros(2500, 25, 25).flatten(1).scatter(1, places, 1.0).view(-1, 1, 25, 25)
-    z = F.pixel_unshuffle(F.pad(corner, (0, 3, 0, 3)), 4)
-    known, curve = fig4.position_information(z, places, s, hidden=16)
-    nothing, _ = fig4.position_information(z, places.roll(1, 0), s, hidden=16)
-    assert 0.9 * math.log(625) < known < math.log(625) and -0.1 < nothing < 0.05
-    assert [step for step, *_ in curve] == list(range(0, 81, 10))
-
-
-def test_fig5_ridge_reads_the_nats_of_a_gaussian_channel_and_none_from_what_is_independent():
-    import fig5_celeba_vae as fig5
-    r2 = torch.tensor([0.9, 0.5, 0.1, 0.0])
-    z, noise = torch.randn(8000, 30), torch.randn(8000, 4)
-    target = 7 * (r2.sqrt() * z[:, :4] + (1 - r2).sqrt() * noise)
-
-    def nats(z, n):
-        return fig5.gaussian_nats(target[4000:], fig5.ridge(z[:n], target[:n], z[4000:]))
-    assert nats(3 * z + 5, n=4000) == pytest.approx(-0.5 * (1 - r2).log().sum().item(), abs=0.06)
-    assert abs(nats(torch.zeros(8000, 30), n=4000)) < 0.01
-    unpenalised = -2 * np.log(300 / 180)  # expected of z that tells nothing, 120 columns, n = 300
-    assert 0.1 * unpenalised < nats(torch.randn(8000, 120), n=300) < 0.05
 
 
 def test_fig5_claims_can_hold_and_fail(monkeypatch):

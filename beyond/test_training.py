@@ -2,6 +2,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -156,3 +157,30 @@ def test_named_reads_what_a_half_tells_beyond_the_other():
     nats = {"nats_A": 1, "beyond_A": 0, "nats_B": 2, "beyond_B": 1}  # times log 2
     for key, value in nats.items():
         assert row[key] == pytest.approx(value * 0.693, abs=0.05), key
+
+
+def test_fig4_position_information_is_known_for_all_and_for_nothing():
+    """A square's place shown on 25x25 of the 28x28 pixels is all of log 625; noise is nothing."""
+    import fig4_cluttered_mnist as fig4
+    s = dict(decoder_steps=80, validation=200, test=400)
+    places = torch.randint(625, (2500, 1))
+    corner = torch.zeros(2500, 25, 25).flatten(1).scatter(1, places, 1.0).view(-1, 1, 25, 25)
+    z = F.pixel_unshuffle(F.pad(corner, (0, 3, 0, 3)), 4)
+    known, curve = fig4.position_information(z, places, s, hidden=16)
+    nothing, _ = fig4.position_information(z, places.roll(1, 0), s, hidden=16)
+    assert 0.9 * math.log(625) < known < math.log(625) and -0.1 < nothing < 0.05
+    assert [step for step, *_ in curve] == list(range(0, 81, 10))
+
+
+def test_fig5_ridge_reads_the_nats_of_a_gaussian_channel_and_none_from_what_is_independent():
+    import fig5_celeba_vae as fig5
+    r2 = torch.tensor([0.9, 0.5, 0.1, 0.0])
+    z, noise = torch.randn(8000, 30), torch.randn(8000, 4)
+    target = 7 * (r2.sqrt() * z[:, :4] + (1 - r2).sqrt() * noise)
+
+    def nats(z, n):
+        return fig5.gaussian_nats(target[4000:], fig5.ridge(z[:n], target[:n], z[4000:]))
+    assert nats(3 * z + 5, n=4000) == pytest.approx(-0.5 * (1 - r2).log().sum().item(), abs=0.06)
+    assert abs(nats(torch.zeros(8000, 30), n=4000)) < 0.01
+    unpenalised = -2 * np.log(300 / 180)  # expected of z that tells nothing, 120 columns, n = 300
+    assert 0.1 * unpenalised < nats(torch.randn(8000, 120), n=300) < 0.05
