@@ -101,7 +101,7 @@ class _GaussianKL(torch.autograd.Function):
         k = torch.log(w2).sub_(s).mul_(-K3).add_(K2).sigmoid_()
         kl = K1 * (w.numel() - k.sum()) + 0.5 * torch.log(total).sub_(s).sum()
         grad = k.addcmul_(k, k, value=-1).mul_(-K1 * K3)
-        grad.sub_(torch.div(w2, total, out=total), alpha=0.5)
+        grad.sub_(w2 / total, alpha=0.5)
         ctx.save_for_backward(torch.mul(w, grad).div_(w2), grad)
         return kl
 
