@@ -40,7 +40,7 @@ UNIFORM = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 PAIR = (0.09, 0.27, 0.45)  # as many wrong labels as with 0.1, 0.3 and 0.5 resampled
 # The cells: models at n_models and betas; corruptions at n and beta; real and random at other_n.
 GRID = {
-    "demo": dict(n_models=100, betas=(0.03, 0.3, 3.0), n=200, beta=0.03, uniform=(0.0, 0.5, 1.0),
+    "demo": dict(n_models=100, betas=(0.03, 0.3, 3.0), n=200, beta=0.03, uniform=(0.0, 1.0),
                  pair=(), other_n=()),
     "cpu": dict(n_models=1000, betas=BETAS, n=3000, beta=0.1, uniform=UNIFORM, pair=PAIR,
                 other_n=(300, 1000)),
