@@ -36,7 +36,7 @@ SETTINGS = {
     "demo": dict(width=1 / 8, n=4000, steps=400, batch=64, passes=4, discriminator_steps=300,
                  decoder_steps=400, validation=500, test=1000, **RATES),
     "cpu": dict(width=1 / 8, n=60_000, steps=1800, batch=100, passes=1, discriminator_steps=1200,
-                decoder_steps=4000, validation=1000, test=5000, **RATES),
+                decoder_steps=3000, validation=1000, test=5000, **RATES),
     "paper": dict(width=1, n=60_000, steps=20_000, batch=100, passes=1, discriminator_steps=20_000,
                   decoder_steps=20_000, validation=2000, test=10_000, **RATES),
 }
