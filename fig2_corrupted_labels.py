@@ -1,7 +1,7 @@
 """Fig. 2: random labels are memorised while beta < 1 by every architecture, at a cost in nats.
 
     python fig2_corrupted_labels.py --scale demo     # synthetic images, 2 minutes on 2 cores
-    python fig2_corrupted_labels.py --scale cpu      # CIFAR-10, small networks, 4 hours on 2 cores
+    python fig2_corrupted_labels.py --scale cpu      # CIFAR-10, small networks, 5 hours on 2 cores
     python fig2_corrupted_labels.py --gpu 0          # CIFAR-10, the paper's N = 10,000 and 30,000
 
 Panel "models": three architectures learn random labels with L = cross-entropy + beta/N * I(w;D).
@@ -262,7 +262,7 @@ def corruption_claims(rows, grid):
             claim(f"pair flips of {grid['pair'][-1]:.0%} raise it less than half as much as "
                   f"uniform noise with as many wrong labels", f"{expected[-1]:.2f} by entropy",
                   fmt(ratio[-1]), ratio[-1].mean() < 0.5),
-            claim("rise / H(corrupted label | true label) is one constant within a factor 1.5",
+            claim("rise / entropy of labels, given the true ones, is constant within a factor 1.5",
                   "theory", f"from {means.min():.2f} to {means.max():.2f}",
                   means.min() > 0 and means.max() < 1.5 * means.min())]
     return table

@@ -9,7 +9,7 @@ A classifier of a face's attributes is trained with L = cross-entropy + beta/N *
 map z is drawn from p(z|x), with noise. The paper, in pictures of a GAN: at small beta the decoded
 x^ is the face with its background; at large beta the attributes stay, the rest is new. Here, on
 held-out faces: the nats that ridge regression reads from z, of the picture outside and inside an
-ellipse around the face, and of the attributes. From beta = 0.03 to 0.7 57% of the picture's are
+ellipse around the face, and of the attributes. From beta = 0.03 to 0.7 55% of the picture's are
 left. <out>/*-faces.png: x, then for each beta E[x|z] by a decoder, and a draw of a conditional VAE,
 whose u ~ N(0, I) invents what z does not hold.
 """

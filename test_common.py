@@ -1331,7 +1331,7 @@ def test_fig2_claims_can_hold_and_fail_and_stay_undecided():
             ("log 10", cell(corruption=1.0, n=3000, new_information=15_000.0)),
             ("grows with N", cell(corruption=1.0, n=1000, new_information=1900.0)),
             ("less than half", cell(corruption=0.45, new_information=9000.0)),
-            ("one constant", cell(corruption=0.09, new_information=8500.0))):
+            ("is constant", cell(corruption=0.09, new_information=8500.0))):
         failed = [sentence for sentence, holds in fig2_verdicts(change).items() if holds == "NO"]
         assert any(part in sentence for sentence in failed), part
     assert fig2_verdicts(lambda row: row | {"status": "diverged"}) == {}
