@@ -42,7 +42,7 @@ SETTINGS = {
 BETAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 2.0, 3.0)
 REAL_BETAS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.2, 2.0, 4.0, 10.0)
 SIZES = (100, 300, 1000, 3000)
-# The cells. `extra`, of seed 0: a "budget" that is a multiple of the steps.
+# The cells. `extra`: of seed 0, with a budget, a multiple of the steps.
 GRID = {
     "demo": dict(sizes=(100,), random=(0.1, 0.3, 0.5, 0.8, 1.3), real=(), extra=[]),
     "cpu": dict(sizes=SIZES, random=BETAS, real=REAL_BETAS, extra=[
@@ -90,7 +90,7 @@ def load_data(args):
 
 
 def train_cell(cell, device, args, progress, information=weight_information, **changed):
-    """Train one net on random or real labels, and measure it. information: the penalty, in nats."""
+    """Train one net and measure it. information: the penalty, in nats."""
     s, n, beta = SETTINGS[args.scale] | changed, cell["n"], cell["beta"]
     torch.manual_seed(cell["seed"])
     generator = torch.Generator().manual_seed(cell["seed"])
@@ -142,7 +142,7 @@ def add_derived(rows):
 
 
 def equilibrium(rows):
-    """beta*: the largest r that any of these states reaches. Above it no memory pays."""
+    """beta*: the largest r of these states. Above it no memory pays."""
     return max(row["r"] for row in rows)
 
 
@@ -189,7 +189,7 @@ def claims(random, real, ok, grid):
             "–", by_size(repricing_gap, random), lambda v: v <= 0.03)
         table.append(claim("no code is shorter than random labels: r ≤ 1 in every cell", "theory",
                            f"largest {largest:.2f}", largest <= 1))
-        if len(sizes) > 1:  # the demo, of one N, is too short to decide these
+        if len(sizes) > 1:  # the demo is too short for these
             add("random labels: β*, where memory ceases to pay, is between 0.7 and 1",
                 "1 (theory)", star, lambda v: 0.7 <= v <= 1)
             add(f"random labels: memory pays at every β < 1 measured (Sec. 7.1): β* > {below:g}",
@@ -246,6 +246,7 @@ def plot(ok, args):
         axes[0, 0].plot(*path, color=colour, lw=2, label=f"{name} 55%")
 
     accuracy_ax, r_ax, steps_ax, nats_ax = axes[1]
+    complete = {row["seed"] for row in complete_seeds(random, main_cells(GRID[args.scale])[0])}
     for n, colour in zip(sizes, plt.cm.viridis(np.linspace(0, 0.85, len(sizes)))):
         style = dict(color=colour, label=f"N = {n:,}")
         plot_points(accuracy_ax, summarise(random, "beta", "train_acc_batch", n=n), **style)
@@ -253,14 +254,14 @@ def plot(ok, args):
                          label="paper's 55%, same N" if n == sizes[-1] else None)
         memorised = [row for row in ok_rows(ok, labels="random", n=n) if row["r"] > 0]
         plot_points(r_ax, summarise(memorised, "beta", "r", budget=None), **style)
-        star = [{"status": "ok", "steps": steps, "star": value}
-                for steps in {row["steps"] for row in memorised}
-                for value in per_seed(equilibrium, ok_rows(memorised, steps=steps))]
+        star = [{"status": "ok", "steps": steps, "star": equilibrium(rows)}
+                for steps in {row["steps"] for row in memorised} for seed in complete
+                if (rows := ok_rows(memorised, steps=steps, seed=seed))]
         plot_points(steps_ax, summarise(star, "steps", "star"), **style)
     accuracy_ax.set(xlabel="β", ylabel="train accuracy", title="random labels: the transition")
     r_ax.plot([0, 1], [0, 1], "k", lw=1, label="r = β: below it memory does not pay")
     r_ax.set(xlabel="β", ylabel="r, label nats per nat in the weights", xlim=(0, 1.05),
-             ylim=(0, 1.05), title="random labels: efficiency of the code")
+             ylim=(0, 1.05), title="efficiency of the code")
     steps_ax.set(xlabel="training steps", ylabel="β* = largest r", xlim=(0, None), ylim=(0, 1.05),
                  title="β* against training")
     for ax in (r_ax, steps_ax):
