@@ -239,7 +239,7 @@ def plot(ok, args):
         key = "train_acc_batch" if part == "train" else "test_acc"
         plot_map(ax, ok_rows(main, labels=labels), key, f"{part} accuracy, {labels} labels")
     bar = plt.cm.ScalarMappable(plt.Normalize(0.12, 0.98), "coolwarm")
-    fig.colorbar(bar, ax=axes[0, 3], label="accuracy, interpolated between the dots")
+    fig.colorbar(bar, ax=axes[0, 3], label="accuracy, interpolated")
     ours = {n: crossing(summarise(random, "beta", "train_acc_batch", n=n), 0.55) for n in sizes}
     for points, colour, name in ((PAPER_CROSSING, "0.35", "paper's"), (ours, "w", "our")):
         path = np.log10([[n, beta / n] for n, beta in points.items() if n <= sizes[-1]]).T
@@ -293,7 +293,7 @@ def plot_map(ax, rows, key, title):
 
 
 def main_cells(grid):
-    """The cells of the paper's figure: (random labels, real labels)."""
+    """The cells of (random labels, real labels)."""
     return [[{"labels": labels, "n": n, "beta": beta} for n in grid["sizes"]
              for beta in grid[labels]] for labels in ("random", "real")]
 
