@@ -122,7 +122,7 @@ class _StochasticWeight:
         super().__init__(*args, **kwargs)
         self._make_stochastic(noise, local, log_alpha, max_log_alpha)
 
-    def _make_stochastic(self, noise="gaussian", local=None, log_alpha=-6.0, max_log_alpha=None):
+    def _make_stochastic(self, noise, local, log_alpha, max_log_alpha):
         if noise not in ("gaussian", "lognormal"):
             raise ValueError(f"noise={noise!r}: choose 'gaussian' or 'lognormal'")
         if max_log_alpha is None and noise == "lognormal":
@@ -220,11 +220,12 @@ class StochasticConv2d(_StochasticWeight, nn.Conv2d):
         return self._apply_noisy(self._conv_forward, x)
 
 
-def to_stochastic(module, *, skip=(), **options):
+def to_stochastic(module, *, skip=(), noise="gaussian", local=None, log_alpha=-6.0,
+                  max_log_alpha=None):
     """Turn every nn.Linear and nn.Conv2d of a model into its stochastic twin, in place; return it.
 
     skip: names, as in named_modules(), of layers or blocks to leave alone; ValueError for an
-    unknown one. options: of StochasticLinear. Subclasses of these two stay plain.
+    unknown one. The rest as in StochasticLinear. Subclasses of these two stay plain.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     layers = dict(module.named_modules())
@@ -235,7 +236,7 @@ def to_stochastic(module, *, skip=(), **options):
     for name, layer in layers.items():
         if type(layer) in twins and not f"{name}.".startswith(spared):
             layer.__class__ = twins[type(layer)]  # the same object, wherever it is held
-            layer._make_stochastic(**options)
+            layer._make_stochastic(noise, local, log_alpha, max_log_alpha)
     return module
 
 
@@ -587,10 +588,12 @@ def _checked(name, file):
     for key, (shape, largest) in ARRAYS[name].items():
         array = file[key].ravel() if key.startswith("y_") else file[key]  # Keras's are (n, 1)
         n = rows.setdefault(key.partition("_")[2], len(array))  # of train, test or all
-        if (array.dtype.kind not in "ui" or array.shape != (n, *shape)
-                or array.min() < 0 or array.max() > largest):
-            raise ValueError(f"{key} ({array.dtype} {array.shape}) should be integers "
-                             f"{(n, *shape)} from 0 to {largest}")
+        if array.dtype.kind not in "ui" or array.shape != (n, *shape):
+            raise ValueError(f"{key} should be integers {(n, *shape)}, found {array.dtype} "
+                             f"{array.shape}")
+        if array.min() < 0 or array.max() > largest:
+            raise ValueError(f"{key} should be 0 to {largest}, found {array.min()} to "
+                             f"{array.max()}")
         arrays[key] = torch.from_numpy(array.astype(np.uint8))
     if name == "celeba64":
         arrays["attr_names"] = file["attr_names"]
@@ -1153,7 +1156,7 @@ def save_tables(args, **tables):
         if table:
             lines = [table[0], ["---"] * len(table[0]), *(row.values() for row in table)]
             body = "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
-            text += f"{title}:\n\n{body}\n"
+            text += f"{title.replace('_', ' ')}:\n\n{body}\n"
     print("\n" + text, end="")
     (args.out / f"{stem}.md").write_text(text, encoding="utf-8")
     page = args.out / "README.md"

@@ -228,7 +228,7 @@ def measured(ok):
             for cell, rows in sorted(groups.items())]
 
 
-def plot(ok, args):
+def plot(ok, complete, args):  # complete: seeds that lack no random-label cell
     width, seeds = SETTINGS[args.scale]["width"], {row["seed"] for row in ok}
     main, sizes = ok_rows(ok, budget=None), sorted({row["n"] for row in ok})
     random = ok_rows(main, labels="random")
@@ -246,7 +246,6 @@ def plot(ok, args):
         axes[0, 0].plot(*path, color=colour, lw=2, label=f"{name} 55%")
 
     accuracy_ax, r_ax, steps_ax, nats_ax = axes[1]
-    complete = {row["seed"] for row in complete_seeds(random, main_cells(GRID[args.scale])[0])}
     for n, colour in zip(sizes, plt.cm.viridis(np.linspace(0, 0.85, len(sizes)))):
         style = dict(color=colour, label=f"N = {n:,}")
         plot_points(accuracy_ax, summarise(random, "beta", "train_acc_batch", n=n), **style)
@@ -307,8 +306,8 @@ def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
     rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data)
     ok, grid = add_derived(rows), GRID[args.scale]
-    plot(ok, args)
     random, real = (complete_seeds(ok_rows(ok, budget=None), cells) for cells in main_cells(grid))
+    plot(ok, {row["seed"] for row in random}, args)
     save_tables(args, claims=claims(random, real, ok, grid), measured=measured(ok))
 
 

@@ -247,10 +247,9 @@ def corruption_claims(rows, grid):
     if grid["pair"]:
         total, sizes = rise["uniform"][-1], sorted({row["n"] for row in rows})
         by_n = [[row["rise"] for row in ok_rows(rows, corruption=1.0, n=size)] for size in sizes]
-        wrong = [grid["uniform"].index(round(share / 0.9, 6)) for share in grid["pair"]]
-        ratio = rise["pair"] / rise["uniform"][wrong]
-        expected = [label_entropy(share, "pair") / label_entropy(share / 0.9, "uniform")
-                    for share in grid["pair"]]
+        share, as_wrong = grid["pair"][-1], round(grid["pair"][-1] / 0.9, 6)
+        ratio = rise["pair"][-1] / rise["uniform"][grid["uniform"].index(as_wrong)]
+        expected = label_entropy(share, "pair") / label_entropy(as_wrong, "uniform")
         means = np.array([rise[kind][i].mean() / label_entropy(c, kind)
                           for kind in rise for i, c in enumerate(grid[kind]) if c > 0])
         table += [
@@ -259,9 +258,9 @@ def corruption_claims(rows, grid):
             claim("this rise grows with N", "not shown",
                   "; ".join(f"{size:,}: {fmt(v)}" for size, v in zip(sizes, by_n)),
                   all(np.diff(np.mean(by_n, 1)) > 0)),
-            claim(f"pair flips of {grid['pair'][-1]:.0%} raise it less than half as much as "
-                  f"uniform noise with as many wrong labels", f"{expected[-1]:.2f} by entropy",
-                  fmt(ratio[-1]), ratio[-1].mean() < 0.5),
+            claim(f"pair flips of {share:.0%} raise it less than half as much as "
+                  f"uniform noise with as many wrong labels", f"{expected:.2f} by entropy",
+                  fmt(ratio), ratio.mean() < 0.5),
             claim("rise / entropy of labels, given the true ones, is constant within a factor 1.5",
                   "theory", f"from {means.min():.2f} to {means.max():.2f}",
                   means.min() > 0 and means.max() < 1.5 * means.min())]

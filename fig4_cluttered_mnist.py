@@ -6,11 +6,11 @@
 
 An All-CNN reads digits under clutter, ten white 4x4 squares at random positions, new ones for every
 batch, with L = cross-entropy + beta/N * I(w;D). Its representation z is its last convolutional map,
-the nuisance n the mask of the squares. The paper: I(z;n) falls from 9.7 to 3.1 nats as beta grows
-from 0.001 to 3, below the bound of Cor. 5.3; I(z;y) stays at 2.2.
+the nuisance n the mask of the squares. The paper: as beta grows from 0.001 to 3, I(z;n) falls from
+9.7 to 3.1 nats, below the bound of Cor. 5.3; I(z;y) stays at 2.2.
 
-Two lower bounds on I(z;n), on held-out digits and clutter. A decoder names the squares' positions
-from z. These determine n and are uniform over 625 places, so I(z;n) is at least
+Two lower bounds on I(z;n), on held-out digits and clutter. From z a decoder names the squares'
+positions. These determine n and are uniform over 625 places, so I(z;n) is at least
 10 * (log 625 - cross-entropy). A discriminator tells pairs (z, n) from others, as in the paper.
 In z every example and position has noise of its own, as Cor. 5.3 counts it.
 """
@@ -275,8 +275,8 @@ def claims(ok, scale):
 
 def plot(ok, args):
     width, seeds = SETTINGS[args.scale]["width"], {row["seed"] for row in ok}
-    fig, axes = new_figure(2, 3, f"Fig. 4: All-CNN, width ×{width:g}, {args.dataset} with clutter, "
-                           f"scale {args.scale}, {len(seeds)} seeds")
+    fig, axes = new_figure(2, 3, f"Fig. 4: All-CNN, width ×{width:g}, {args.dataset} with "
+                           f"clutter, scale {args.scale}, {len(seeds)} seeds")
     nats_ax, steps_ax, bound_ax, layer_ax, weight_ax, unit_ax = axes.flat
     beta, nuisance, bound = zip(*PAPER)
     nats_ax.plot(beta, nuisance, "D-", color="0.6", ms=4, label="paper, I(z;n), 192 channels")

@@ -22,10 +22,9 @@ import torch
 import torch.nn.functional as F
 
 from common import (claim, complete_seeds, corrupt_labels, crossing, draw_subset,
-                    evaluate_as_trained, fmt,
-                    load_images, lr_factor, minibatches, new_figure, normalise, ok_rows,
-                    param_groups, parse_args, per_seed, plot_points, run_grid, save_figure,
-                    save_tables, summarise, weight_information)
+                    evaluate_as_trained, fmt, load_images, lr_factor, minibatches, new_figure,
+                    normalise, ok_rows, param_groups, parse_args, per_seed, plot_points,
+                    run_grid, save_figure, save_tables, summarise, weight_information)
 from fig1_phase_transition import DATASETS, small_alexnet
 
 # first: steps at the first beta of a branch. below: smaller betas, for the branch at chance only.

@@ -159,7 +159,7 @@ def claims(ok, args):
     return table
 
 
-def measured(ok, args):
+def measured(ok):
     """A table of nats read from z, by beta and half."""
     table = []
     for beta in sorted({row["beta"] for row in ok}):
@@ -193,7 +193,7 @@ def main():
     rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], fig5.load_data)
     ok = ok_rows(rows)
     plot(ok, args)
-    save_tables(args, claims=claims(ok, args), nats_beyond_the_other_half=measured(ok, args))
+    save_tables(args, claims=claims(ok, args), nats_beyond_the_other_half=measured(ok))
 
 
 if __name__ == "__main__":
