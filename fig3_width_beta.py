@@ -4,42 +4,45 @@
     python fig3_width_beta.py --scale cpu      # 5,000 images of CIFAR-10, 50 minutes on 2 cores
     python fig3_width_beta.py --gpu 0          # CIFAR-10, the paper's widths and 11 values of beta
 
-An All-CNN is trained on real labels without augmentation. Panel "width": plain weights with weight
-decay. Panel "beta": one width, no weight decay, L = cross-entropy + beta/N * I(w;D). The paper:
-against the number of weights test error falls, then hardly rises; against beta it is a U (9.16% at
-0.001, 8.06% at 0.03, 9.64% at 100). Measured: from 50% to 34% with width, short of the plateau;
-against beta 44.9%, 40.1% at its best (0.1), and collapse at 100.
+An All-CNN is trained on real labels without augmentation. Panel "width": plain weights. Panel
+"beta": one width, no weight decay, L = cross-entropy + beta/N * I(w;D). The paper: test error falls
+with the number of weights, then hardly rises; against beta it is a U (9.16% at 0.001, 8.06% at
+0.03, 9.64% at 100). That U is of one prediction; here are three: of the mean weights, of one
+sampled net, and of the average over sampled nets.
 
-Protocol, the same for every cell of a panel: learning rates rise over the first 10% of the steps,
-are held to 80%, then a cosine to 0. Width: SGD with Nesterov momentum. Beta: Adam, all layers
-stochastic, beta raised from 0 over the first 40%. Test error is that of the mean weights, with
-batch normalisation re-estimated for them; that of sampled weights is recorded beside it.
+Protocols, chosen by the training loss or objective on a seed that the grid does not use. Width: SGD
+with Nesterov momentum, in bfloat16. Beta: Adam, every parameter with noise, beta raised from 0.
 """
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (accuracy, bn_recalibrated, claim, complete_seeds, draw_subset, fmt, ib_loss,
-                    load_images, lr_factor, minibatches, new_figure, normalise, ok_rows,
-                    param_groups, parse_args, plot_points, predict, run_grid, save_figure,
-                    save_tables, summarise, to_stochastic, weight_information)
+from common import (accuracy, bn_recalibrated, claim, complete_seeds, draw_subset,
+                    evaluate, evaluate_as_trained, fmt, ib_loss, load_images, lr_factor,
+                    minibatches, new_figure, normalise, ok_rows, param_groups, parse_args,
+                    plot_points, predict, run_grid, save_figure, save_tables, summarise,
+                    to_stochastic, weight_information)
 
-# What a cell is trained and measured with, stored in its row. lr_sgd and weight_decay (that of the
-# All-CNN's authors): panel "width"; lr and lr_noise of Adam: panel "beta".
-RATES = dict(lr_sgd=0.05, weight_decay=0.001, lr=0.003, lr_noise=0.04)
+# What a cell is trained and measured with, stored in its row. draws: nets sampled to be averaged.
+RATES = dict(lr_sgd=0.05, lr=0.024, lr_noise=0.01, hold=0.6)
 SETTINGS = {
-    "demo": dict(n=800, test=1000, batch=50, width_steps=300, beta_steps=600, **RATES),
-    "cpu": dict(n=5000, test=10_000, batch=100, width_steps=500, beta_steps=1500, **RATES),
-    "paper": dict(n=50_000, test=10_000, batch=250, width_steps=30_000, beta_steps=30_000, **RATES),
+    "demo": dict(n=800, test=1000, batch=50, width_steps=300, beta_steps=600, draws=5, **RATES),
+    "cpu": dict(n=5000, test=10_000, batch=100, width_steps=1000, beta_steps=8000, draws=20,
+                **RATES),
+    "paper": dict(n=50_000, test=10_000, batch=100, width_steps=50_000, beta_steps=50_000,
+                  draws=20, **RATES),
 }
+DECAYS = (0.001, 0.0)  # that of the All-CNN's authors, and none
+# The cells: widths, the widest of seed 0 only; beta at one width; capped: with alpha <= 1.
 GRID = {
-    "demo": dict(widths=(1 / 32, 1 / 16, 1 / 8), beta_width=1 / 8,
-                 betas=(0.001, 0.01, 0.03, 0.1, 1.0)),
-    "cpu": dict(widths=(1 / 16, 1 / 8, 1 / 4, 1 / 2), beta_width=1 / 8,
-                betas=tuple(10**k for k in (-3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0))),
-    "paper": dict(widths=(1 / 4, 1 / 2, 1, 2, 3), beta_width=1,
-                  betas=tuple(10 ** (k / 2 - 3) for k in range(11))),
+    "demo": dict(widths=(1 / 32, 1 / 16, 1 / 8), widest=(), decays=(0.001,), beta_width=1 / 8,
+                 betas=(0.001, 0.01, 0.03, 0.1, 1.0), capped=()),
+    "cpu": dict(widths=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1), widest=(2,), decays=DECAYS,
+                beta_width=1 / 8, betas=(0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 100),
+                capped=(1.0, 10.0, 100.0)),
+    "paper": dict(widths=(1 / 4, 1 / 2, 1, 2, 3), widest=(), decays=DECAYS, beta_width=1,
+                  betas=tuple(10 ** (k / 2 - 3) for k in range(11)), capped=(1.0, 10.0, 100.0)),
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
 DATASETS = {"demo": ["synthetic"], "cpu": ["cifar10", "synthetic"],
@@ -51,6 +54,23 @@ def load_data(args):
     return load_images(args.dataset, args.data_dir, s["n"], s["test"])
 
 
+class Shift(nn.Module):
+    """x + a bias per channel, of a linear layer, so that it gets noise too."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.shift = nn.Linear(1, channels, bias=False)
+        nn.init.uniform_(self.shift.weight, -0.1, 0.1)
+
+    def forward(self, x):
+        shift = self.shift(x.new_ones(1, 1))
+        return x + (shift[:, :, None, None] if x.dim() == 4 else shift)
+
+
+def norm(channels, kind=nn.BatchNorm2d):
+    return nn.Sequential(kind(channels, affine=False), Shift(channels))
+
+
 def all_cnn(width=1.0):
     """The All-CNN, (n, 3, h, w) -> (n, 10): eight convolutions with ReLU, a ninth, an average."""
     layers, inputs = [], 3
@@ -58,14 +78,15 @@ def all_cnn(width=1.0):
                                     (192, 3, 2), (192, 3, 1), (192, 1, 1)]:
         outputs = int(outputs * width)
         layers += [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-                   nn.BatchNorm2d(outputs), nn.ReLU()]
+                   norm(outputs), nn.ReLU()]
         inputs = outputs
-    return nn.Sequential(*layers, nn.Conv2d(inputs, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, nn.Conv2d(inputs, 10, 1, bias=False), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten())
 
 
 def train_cell(cell, device, args, progress):
     """Train one net, with plain weights (panel "width") or stochastic ones (panel "beta")."""
-    s, beta = SETTINGS[args.scale], cell.get("beta")
+    s, plain, beta = SETTINGS[args.scale], cell["panel"] == "width", cell.get("beta", 0.0)
     torch.manual_seed(cell["seed"])
     generator = torch.Generator().manual_seed(cell["seed"])
     x, y, x_test, y_test, mean, std = load_data(args)
@@ -76,173 +97,213 @@ def train_cell(cell, device, args, progress):
 
     model = all_cnn(cell["width"])
     params = sum(p.numel() for p in model.parameters())
-    if beta is None:
+    if plain:
         optimizer = torch.optim.SGD(model.parameters(), s["lr_sgd"], momentum=0.9, nesterov=True,
-                                    weight_decay=s["weight_decay"])
+                                    weight_decay=cell["weight_decay"])
     else:
-        to_stochastic(model)
+        to_stochastic(model, max_log_alpha=cell.get("max_log_alpha"))
         optimizer = torch.optim.Adam(param_groups(model, s["lr"], s["lr_noise"]), fused=True)
-    model.to(device, memory_format=torch.channels_last)  # several times faster on a CPU
+    model.to(device, memory_format=torch.channels_last)  # faster on a CPU
+    bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=plain)  # half the time
     steps = s[cell["panel"] + "_steps"]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step / steps))
-    batches = minibatches(len(x), s["batch"], device)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step / steps, s["hold"]))
+    batches, losses = minibatches(len(x), s["batch"], device), []
     for step in range(steps):
         index = next(batches)
-        if beta is None:
-            loss = F.cross_entropy(model(x[index]), y[index])
+        with bfloat16:
+            logits = model(x[index]).float()
+        if plain:
+            loss = F.cross_entropy(logits, y[index])
         else:
             warm_up = min(1, step / steps / 0.4)
-            loss, _, _ = ib_loss(model(x[index]), y[index], model, beta * warm_up, len(x))
+            loss, _, _ = ib_loss(logits, y[index], model, beta * warm_up, len(x))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
+        losses.append(loss.detach())
         if step % 100 == 0 or step == steps - 1:
             progress(step, steps, loss.item())
-    return {"params": params, "n": len(x)} | measure(model, beta, x, y, x_test, y_test)
+    quarters = np.array_split(torch.stack(losses).cpu().numpy(), 4)
+    measured = {"params": params, "n": len(x), "information": None,
+                "loss_third": float(quarters[2].mean()), "loss_last": float(quarters[3].mean())}
+    with bfloat16:
+        measured |= evaluate(model, x, y, x_test, y_test)
+    if not plain:
+        measured |= evaluate_as_trained(model, s["batch"], x, y)
+        measured |= evaluate_draws(model, x, x_test, y_test, s["draws"])
+        information = weight_information(model).item()
+        objective = measured["cross_entropy_batch"] + beta * information / len(x)
+        measured |= {"objective": objective, "information": information}
+    return measured
 
 
 @torch.no_grad()
-def measure(model, beta, x, y, x_test, y_test):
-    """What a row holds. beta None: plain weights, which are their own sample and hold no noise."""
-    with bn_recalibrated(model, x.split(100), draw=False):
-        logits = predict(model, x)
-        train_mean, test_mean = accuracy(logits, y), accuracy(predict(model, x_test), y_test)
-    test_sampled, information, objective = test_mean, None, None
-    if beta is not None:
-        with bn_recalibrated(model, x.split(100), draw=True):
-            logits, test_sampled = predict(model, x), accuracy(predict(model, x_test), y_test)
-        information = weight_information(model).item()
-        objective = F.cross_entropy(logits, y).item() + beta * information / len(x)
-    return {"objective": objective, "train_acc": accuracy(logits, y), "train_acc_mean": train_mean,
-            "test_acc": test_mean, "test_acc_sampled": test_sampled,
-            "cross_entropy": F.cross_entropy(logits, y).item(), "information": information}
+def evaluate_draws(model, x, x_test, y_test, draws):
+    """Test accuracy and negative log-likelihood (NLL) of three predictions: dict of floats.
+
+    Of the mean weights; of one sampled net, the mean over draws; of the average of the draws'
+    probabilities. Batch norm is estimated anew for each net.
+    """
+    def predictions(draw):
+        with bn_recalibrated(model, x.split(100), draw):
+            return predict(model, x_test).log_softmax(1)
+
+    def nll(log_p):
+        return F.nll_loss(log_p, y_test).item()
+
+    mean, sampled = predictions(draw=False), []
+    for seed in range(draws):
+        # the same weights for every batch
+        hook = model.register_forward_pre_hook(lambda *_: torch.manual_seed(seed) and None)
+        sampled.append(predictions(draw=True))
+        hook.remove()
+    average = torch.stack(sampled).logsumexp(0) - np.log(draws)
+    return {"test_acc": accuracy(mean, y_test), "test_nll": nll(mean),
+            "test_acc_sampled": float(np.mean([accuracy(log_p, y_test) for log_p in sampled])),
+            "test_nll_sampled": float(np.mean([nll(log_p) for log_p in sampled])),
+            "test_acc_average": accuracy(average, y_test), "test_nll_average": nll(average)}
 
 
 # The paper's Fig. 3, digitised: test error in % against the number of weights, and against beta
 PAPER_WIDTH = {102_610: 12.75, 406_810: 10.13, 1_620_010: 8.45, 6_465_610: 8.90, 14_536_810: 9.45}
 PAPER_BETA = dict(zip((10 ** (k / 2 - 3) for k in range(11)),
                       (9.16, 9.10, 8.42, 8.06, 8.24, 8.49, 8.75, 8.93, 9.30, 9.41, 9.64)))
-CHANCE = 90.0  # test error in % of a net that learned nothing
+KINDS = {"": "mean weights", "_sampled": "one sampled net", "_average": "average of sampled nets"}
 
 
 def add_derived(rows):
-    """The rows that did not diverge, with test errors in %, nats per sample, and collapse."""
+    """The rows that did not diverge, with errors in %, nats per sample and cap of log alpha."""
     rows = ok_rows(rows)
     for row in rows:
-        row["error"] = 100 * (1 - row["test_acc"])
-        row["sampled_error"] = 100 * (1 - row["test_acc_sampled"])
+        for key in ("train_acc", *(f"test_acc{kind}" for kind in KINDS)):
+            row[key.replace("acc", "error")] = 100 * (1 - row.get(key, np.nan))
         row["nats"] = (row["information"] or 0) / row["n"]
-        row["collapsed"] = row["panel"] == "beta" and row["nats"] < 1e-3
+        row["cap"] = row.get("max_log_alpha", np.inf)
     return rows
 
 
-def errors_by(rows, key):
-    """{value of the key: test errors of the seeds, %}, in the order of the values."""
-    return {value: np.array([row["error"] for row in rows if row[key] == value])
-            for value in sorted({row[key] for row in rows})}
+def by(rows, key, value):
+    """{key of the rows, ascending: array of values, one per seed}."""
+    groups = {}
+    for row in sorted(rows, key=lambda row: row[key]):
+        groups.setdefault(row[key], []).append(row[value])
+    return {x: np.array(v) for x, v in groups.items()}
 
 
 def claims(ok, scale):
-    """The claims table, over the seeds of which no cell is missing."""
-    width, beta = (complete_seeds(ok, cells) for cells in make_cells(scale))
-    table = width_claims(errors_by(width, "width")) if width else []
-    return table + (beta_claims(errors_by(beta, "beta")) if beta else [])
+    """The claims table, over the seeds of which no cell of a panel is missing."""
+    grid, (width, beta), table = GRID[scale], make_cells(scale), []
+    for decay in grid["decays"]:
+        cells = [cell for cell in width if cell["weight_decay"] == decay and "seed" not in cell]
+        if rows := complete_seeds(ok, cells):
+            rows += [row for width in grid["widest"]
+                     for row in ok_rows(ok, weight_decay=decay, width=width)]
+            table += width_claims(rows, f"weight decay {decay:g}")
+    rows = complete_seeds(ok, beta)
+    return table + (beta_claims(rows, grid) if rows else [])
 
 
-def width_claims(errors):
-    table, text = [], {width: f"×{width:g} {fmt(v, '{:.1f}%')}" for width, v in errors.items()}
-    means = {width: v.mean() for width, v in errors.items()}
-    best, widest = min(means, key=means.get), max(means)
-    steps = np.diff(list(means.values()))
-    if best != widest or steps[-1] > -0.5:  # else error still falls: no plateau was reached
+def width_claims(rows, name):
+    error, table = by(rows, "width", "test_error"), []
+    text = {width: f"×{width:g} {fmt(v, '{:.1f}%')}" for width, v in error.items()}
+    mean = {width: v.mean() for width, v in error.items()}
+    *_, second, widest = mean
+    best, falls = min(mean, key=mean.get), [width for width in mean if width <= 1]
+    if best != widest or mean[second] - mean[widest] < 0.5:  # else it still falls
+        table.append(claim(f"{name}: the widest net is within 1.5 points of the best (a plateau)",
+                           "best 8.45%, widest 9.45%", f"best {text[best]}; widest {text[widest]}",
+                           mean[widest] - mean[best] <= 1.5))
+    return table + [claim(
+        f"{name}: test error falls by over 0.5 points with every doubling to ×{falls[-1]:g}",
+        "12.75, 10.13, 8.45% from ×¼ to ×1", "; ".join(text[width] for width in falls),
+        all(np.diff([mean[width] for width in falls]) < -0.5))]
+
+
+def beta_claims(rows, grid):
+    table, free = [], ok_rows(rows, cap=np.inf)
+    seeds = [ok_rows(free, seed=seed) for seed in sorted({row["seed"] for row in free})]
+    low, *_, high = grid["betas"]
+    for kind, name in KINDS.items():
+        key = f"test_error{kind}"
+        error = by(free, "beta", key)
+        best = min(error, key=lambda beta: error[beta].mean())
+        spread = {b: np.std(v, ddof=1) if len(v) > 1 else 0.0 for b, v in error.items()}
+        least = [min(rows, key=lambda row: row[key]) for rows in seeds]
         table.append(claim(
-            "width, weight decay only: the widest net is within 1.5 points of the best",
-            "best 8.45%, widest 9.45%", f"best {text[best]}; widest {text[widest]}",
-            means[widest] - means[best] <= 1.5))
-    table.append(claim(
-        "width: test error falls by more than 0.5 points with every doubling measured",
-        "to half a million weights", "; ".join(text.values()), all(steps < -0.5)))
+            f"{name}: a U, both ends exceed the best by 0.5 points and the seeds' spread",
+            "9.16% at β = 0.001, 8.06% at 0.03, 9.64% at 100",
+            "; ".join(f"{fmt(error[b], '{:.1f}%')} at β = {b:g}" for b in (low, best, high))
+            + "; best of each seed at β = " + ", ".join(f"{row['beta']:g}" for row in least)
+            + f", {fmt([row['nats'] for row in least])} nats per sample",
+            all(error[b].mean() - error[best].mean() > max(0.5, spread[b], spread[best])
+                for b in (low, high))))
+    if grid["capped"]:
+        best = min(v.mean() for v in by(free, "beta", "test_error").values())
+        capped = by(ok_rows(rows, cap=0.0), "beta", "test_error")[high]
+        table.append(claim(
+            f"mean weights, α ≤ 1: error at β = {high:g} is within 3 points of the best of all β",
+            "9.64%, best 8.06%", f"{fmt(capped, '{:.1f}%')}, best {best:.1f}%",
+            capped.mean() - best <= 3))
+    gaps = [max(row["objective"] - other["cross_entropy_batch"] - row["beta"] * other["nats"]
+                for row in rows for other in rows) for rows in seeds]
+    table.append(claim("converged: no β is beaten by another's final state by over 0.03 nats", "–",
+                        fmt(gaps, "{:.3f}"), np.mean(gaps) <= 0.03))
     return table
 
 
-def beta_claims(errors):
-    table, text = [], {beta: f"β = {beta:.3g} {fmt(v, '{:.1f}%')}" for beta, v in errors.items()}
-    means = {beta: v.mean() for beta, v in errors.items()}
-    spread = {beta: np.std(v, ddof=1) if len(v) > 1 else 0.0 for beta, v in errors.items()}
-    low, best, high = min(means), min(means, key=means.get), max(means)
-    for end, name, points, paper in ((low, "left", 0.5, 9.16), (high, "right", 2.0, 9.64)):
-        table.append(claim(
-            f"β, mean weights: the {name} end is worse than the best by over {points:g} points "
-            "and the seeds' spread", f"best 8.06%, {name} end {paper:g}%",
-            f"best {text[best]}; {text[end]}",
-            means[end] - means[best] > max(points, spread[best], spread[end])))
-    table.append(claim("β, mean weights: the best lies strictly inside the range (a U)",
-                       "β = 0.03", f"β = {best:.2g}", low < best < high))
-    return table
+def means(rows, keys, columns):
+    """Mean and spread over seeds of columns, {title: (field, form)}: a table by these keys."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return [{**{key: f"{value:.4g}" for key, value in zip(keys, group)}, "seeds": len(rows)}
+            | {title: fmt([row[field] for row in rows], form)
+               for title, (field, form) in columns.items()}
+            for group, rows in sorted(groups.items())]
 
 
 def plot(ok, args):
-    grid, s = GRID[args.scale], SETTINGS[args.scale]
+    n, seeds = SETTINGS[args.scale]["n"], len({row["seed"] for row in ok})
     width, beta = ok_rows(ok, panel="width"), ok_rows(ok, panel="beta")
-    fig, axes = new_figure(2, 2, f"Fig. 3: All-CNN, {s['n']:,} images, {args.dataset}, scale "
-                           f"{args.scale}, up to {len({row['seed'] for row in ok})} seeds per cell")
-    width_ax, relative_ax, beta_ax, nats_ax = axes.flat
-    plot_relative(width_ax, width, "params", PAPER_WIDTH, "C0")
-    plot_relative(relative_ax, beta, "beta", PAPER_BETA, "C3")
-    penalty = f"β, width ×{grid['beta_width']:g}, no weight decay"
-    width_ax.set(xlabel="weights", title="width, weight decay only")
-    relative_ax.set(xlabel="β", title=f"{penalty}, mean weights")
-    for key, name, colour, form in (("error", "mean weights", "C3", "o-"),
-                                    ("sampled_error", "sampled weights", "C1", "s--")):
-        plot_points(beta_ax, summarise(beta, "beta", key), form, color=colour, label=name)
-        if beta:
-            nats = [max(row["nats"], 1e-3) for row in beta]
-            nats_ax.plot(nats, [row[key] for row in beta], form[0], color=colour, ms=4, label=name)
-    for ax in (beta_ax, nats_ax):
-        ax.axhline(CHANCE, color="0.5", ls=":", label="chance")
-    collapsed = ok_rows(beta, collapsed=True)
-    mark_collapsed(beta_ax, [(row["beta"], row["error"]) for row in collapsed])
-    mark_collapsed(nats_ax, [(1e-3, row["error"]) for row in collapsed])
-    beta_ax.set(xlabel="β", ylabel="test error, %", title=penalty)
-    nats_ax.set(xlabel="I(w;D)/N, nats per sample (drawn as 0.001 if less)",
-                ylabel="test error, %", title="the same runs against information")
-    for ax in axes.flat:
-        ax.set_xscale("log")
+    free, capped = ok_rows(beta, cap=np.inf), ok_rows(beta, cap=0.0)
+    fig, axes = new_figure(2, 3, f"Fig. 3: All-CNN, {n:,} images, {args.dataset}, scale "
+                           f"{args.scale}, up to {seeds} seeds per cell")
+    width_ax, width_paper, nats_ax, beta_ax, beta_paper, nll_ax = axes.flat
+    for decay in GRID[args.scale]["decays"]:
+        rows, colour = ok_rows(width, weight_decay=decay), "C0" if decay else "C2"
+        for key, line in (("test_error", "o-"), ("train_error", "o:")):
+            plot_points(width_ax, summarise(rows, "params", key), line, color=colour,
+                        label=f"{key[:-6]}, weight decay {decay:g}")
+    for (kind, name), marker in zip(KINDS.items(), "os^"):
+        for ax, key in ((beta_ax, "test_error"), (nll_ax, "test_nll")):
+            plot_points(ax, summarise(free, "beta", key + kind), marker + "-", label=name)
+        nats_ax.plot([max(row["nats"], 1e-3) for row in free],
+                     [row["test_error" + kind] for row in free], marker, ms=4, label=name)
+    plot_points(beta_ax, summarise(capped, "beta", "test_error"), "o--", color="C0", mfc="w",
+                label="mean weights, α ≤ 1")
+    for ax, paper in ((width_paper, PAPER_WIDTH), (beta_paper, PAPER_BETA)):
+        ax.plot(*zip(*paper.items()), "s-", color="0.6", ms=4, label="paper, 50,000 images")
+    beta_ax.axhline(90, color="0.5", ls=":", label="chance: no information left")
+    nll_ax.set(title="test negative log-likelihood", ylim=(0.8, 4))
+    for ax, label in zip(axes.flat, ("weights", "weights", "nats per sample (at least 0.001)",
+                                     "β", "β", "β")):
+        ax.set(xscale="log", xlabel=label, ylabel="nats" if ax is nll_ax else "test error, %")
         ax.legend()
-    nats_ax.legend(loc="lower left")
+    width_ax.set(ylabel="error, %")
     save_figure(fig, args)
-
-
-def plot_relative(ax, rows, x, paper, colour):
-    """Test error divided by its best, ours (mean weights) and the paper's: the shapes compare."""
-    best = min(paper.values())
-    ax.plot(list(paper), [error / best for error in paper.values()], "s-", color="0.75", ms=4,
-            label=f"paper, 50,000 images, best {best:g}%")
-    if rows:
-        best = min(mean for _, mean, *_ in summarise(rows, x, "error"))
-        rows = [row | {"relative": row["error"] / best} for row in rows]
-        points = summarise(rows, x, "relative")
-        plot_points(ax, points, color=colour, label=f"ours, best {best:.1f}%")
-        mark_collapsed(ax, [(row[x], row["relative"]) for row in ok_rows(rows, collapsed=True)])
-        if x == "params":
-            names = {row["params"]: row["width"] for row in rows}
-            for params, relative, *_ in points:
-                ax.annotate(f"×{names[params]:.3g}", (params, relative), (5, 5), fontsize=7,
-                            textcoords="offset points")
-    ax.set(ylabel="test error, divided by its best")
-
-
-def mark_collapsed(ax, points):
-    if points:
-        ax.plot(*zip(*points), "kx", ms=9, label="collapsed: no information")
 
 
 def make_cells(scale):
     """The cells of the two panels: (width, beta)."""
     grid = GRID[scale]
-    return ([{"panel": "width", "width": width} for width in grid["widths"][::-1]],
-            [{"panel": "beta", "width": grid["beta_width"], "beta": b} for b in grid["betas"]])
+    width = [{"panel": "width", "width": w, "weight_decay": decay} | seed
+             for widths, seed in ((grid["widths"], {}), (grid["widest"], {"seed": 0}))
+             for w in widths for decay in grid["decays"]]
+    net = {"panel": "beta", "width": grid["beta_width"]}
+    return width, [net | {"beta": beta} for beta in grid["betas"]] + [
+        net | {"beta": beta, "max_log_alpha": 0.0} for beta in grid["capped"]]
 
 
 def main():
@@ -251,7 +312,16 @@ def main():
     rows = run_grid(beta + width, train_cell, args, SETTINGS[args.scale], load_data)
     ok = add_derived(rows)
     plot(ok, args)
-    save_tables(args, claims=claims(ok, args.scale))
+    error = {"train error, %": ("train_error", "{:.1f}")}
+    by_width = means(ok_rows(ok, panel="width"), ("weight_decay", "width"), error | {
+        "test error, %": ("test_error", "{:.1f}"), "loss, third quarter": ("loss_third", "{:.3f}"),
+        "last quarter": ("loss_last", "{:.3f}")})
+    by_beta = means(ok_rows(ok, panel="beta"), ("cap", "beta"), error | {
+        "nats per sample": ("nats", "{:.3f}")} | {
+        f"{title}, {name}": (key + kind, form) for kind, name in KINDS.items()
+        for title, key, form in (("error, %", "test_error", "{:.1f}"),
+                                 ("NLL", "test_nll", "{:.2f}"))})
+    save_tables(args, claims=claims(ok, args.scale), by_width=by_width, by_beta=by_beta)
 
 
 if __name__ == "__main__":

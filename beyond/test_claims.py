@@ -1,0 +1,96 @@
+"""The verdicts of Figs. 3 to 5, on both sides of each threshold."""
+import argparse
+
+import pytest
+
+
+def fig3_verdicts(monkeypatch, by_width, by_beta, capped=33.0, gap=0.0, nats=1.0):
+    import fig3_width_beta as fig3
+    monkeypatch.setattr(fig3, "GRID", {"cpu": dict(
+        widths=(0.5, 1), widest=(2,), decays=(0.0,), beta_width=1, betas=tuple(by_beta),
+        capped=(1.0,))})
+    rows = []
+    for cell in sum(fig3.make_cells("cpu"), []):
+        error = capped if "max_log_alpha" in cell else (
+            by_beta[cell["beta"]] if "beta" in cell else by_width[cell["width"]])
+        rows.append(cell | dict(
+            status="ok", seed=0, n=10, information=10 * nats, train_acc=1.0, test_acc=0.5,
+            test_acc_sampled=1 - error / 100, cross_entropy_batch=1.0))
+        rows[-1]["objective"] = 1 + cell.get("beta", 0) + gap * (cell.get("beta") == 0.1)
+        rows[-1]["test_acc"] = rows[-1]["test_acc_average"] = rows[-1]["test_acc_sampled"]
+    return fig3.claims(fig3.add_derived(rows), "cpu")
+
+
+def test_fig3_claims_can_hold_and_fail(monkeypatch):
+    u, falling = {0.01: 30.51, 0.1: 30, 1.0: 30.51}, {0.5: 30, 1: 20, 2: 19.49}
+
+    def verdicts(widths={}, betas={}, **more):
+        table = fig3_verdicts(monkeypatch, falling | widths, u | betas, **more)
+        return [row["holds"] for row in table]
+
+    assert verdicts(capped=32.9) == ["yes"] * 6  # the plateau is not decided
+    for widest, plateau in ((19.51, "yes"), (21.49, "yes"), (21.51, "NO")):
+        assert verdicts({2: widest}, capped=32.9) == [plateau] + ["yes"] * 6
+    assert verdicts({1: 29.51}, capped=32.9)[0] == "NO"
+    for betas in ({0.01: 30.49}, {1.0: 30.49}, {0.1: 30.52}):
+        assert verdicts(betas=betas)[1:4] == ["NO"] * 3
+    assert verdicts(capped=33.1)[4] == "NO"
+    assert verdicts(gap=0.029)[5] == "yes" and verdicts(gap=0.031)[5] == "NO"
+
+
+@pytest.mark.parametrize("kind", ["", "_sampled", "_average"])
+def test_fig3_judges_each_prediction_by_its_own_errors(monkeypatch, kind):
+    import fig3_width_beta as fig3
+    monkeypatch.setattr(fig3, "GRID", {"cpu": dict(widths=(), widest=(), decays=(), beta_width=1,
+                                                   betas=(0.1, 1.0, 10.0), capped=())})
+    rows = [dict(status="ok", seed=0, panel="beta", width=1, beta=beta, n=1, information=1.0,
+                 objective=1.0, cross_entropy_batch=1.0, train_acc=1.0, test_acc=0.5,
+                 test_acc_sampled=0.5, test_acc_average=0.5)
+            | {"test_acc" + kind: 0.6 if beta == 1 else 0.5} for beta in (0.1, 1.0, 10.0)]
+    table = fig3.claims(fig3.add_derived(rows), "cpu")[:3]
+    assert [row["holds"] == "yes" for row in table] == [k == kind for k in fig3.KINDS]
+
+
+def test_fig4_claims_can_hold_and_fail(monkeypatch):
+    import fig4_cluttered_mnist as fig4
+    monkeypatch.setattr(fig4, "GRID", {"cpu": (0.001, 1.0, 10.0)})
+
+    def verdicts(low={}, high={}):
+        rows = [dict(status="ok", seed=0, beta=beta, i_zn_positions=nats, i_zn_nce=nats - 0.1,
+                     i_zy=2.2, curve=[[1, nats, nats]] * 8, total_correlation=nats, tc_share=nats)
+                | changes for beta, nats, changes in ((0.001, 3.0, low), (1.0, 1.0, high),
+                                                      (10.0, 0.5, {}))]
+        return [row["holds"] for row in fig4.claims(rows, "cpu")]
+
+    assert verdicts() == ["yes"] * 7
+    def curve(nats):  # at three quarters of the steps
+        return [[1, nats, nats]] * 8
+
+    for position, (row, key, fails, holds) in enumerate((
+            ("high", "i_zn_positions", 1.51, 1.49), ("high", "i_zn_nce", 1.01, 0.99),
+            ("low", "curve", curve(2.72), curve(2.73)), ("high", "i_zy", 2.04, 2.06),
+            ("high", "i_zn_positions", 0.49, 0.51), ("high", "total_correlation", 3.01, 2.99),
+            ("high", "tc_share", 3.01, 2.99))):
+        assert verdicts(**{row: {key: fails}})[position] == "NO", key
+        assert verdicts(**{row: {key: holds}})[position] == "yes", key
+
+
+def test_fig5_claims_can_hold_and_fail(monkeypatch):
+    import fig5_celeba_vae as fig5
+    monkeypatch.setattr(fig5, "GRID", {"cpu": (0.0, 0.1, 0.7)})
+    args = argparse.Namespace(scale="cpu", dataset="celeba")
+
+    def verdicts(outside=0.4, inside=0.5, picture=0.6, attributes=0.8, agreement=0.9):
+        first = dict(status="ok", seed=0, beta=0.1, picture_nats=1.0, picture_nats_outside=1.0,
+                     picture_nats_inside=1.0, attribute_nats=1.0, attribute_agreement=0.9,
+                     majority_acc=0.8)
+        last = first | dict(beta=0.7, picture_nats=picture, picture_nats_outside=outside,
+                            picture_nats_inside=inside, attribute_nats=attributes,
+                            attribute_agreement=agreement)
+        return [row["holds"] for row in fig5.claims([first, last], args)]
+
+    assert verdicts() == ["yes"] * 4
+    assert verdicts(picture=0.66, attributes=0.67, inside=0.41, agreement=0.881) == ["yes"] * 4
+    assert verdicts(picture=0.67) == ["NO", "yes", "yes", "yes"]
+    assert verdicts(attributes=0.59)[1] == verdicts(inside=0.39)[2] == "NO"
+    assert verdicts(agreement=0.879)[3] == "NO"
