@@ -42,11 +42,11 @@ def test_fig3_claims_can_hold_and_fail(monkeypatch):
 def test_fig3_judges_each_prediction_by_its_own_errors(monkeypatch, kind):
     import fig3_width_beta as fig3
     monkeypatch.setattr(fig3, "GRID", {"cpu": dict(widths=(), widest=(), decays=(), beta_width=1,
-                                                   betas=(0.1, 1.0, 10.0), capped=())})
-    rows = [dict(status="ok", seed=0, panel="beta", width=1, beta=beta, n=1, information=1.0,
-                 objective=1.0, cross_entropy_batch=1.0, train_acc=1.0, test_acc=0.5,
-                 test_acc_sampled=0.5, test_acc_average=0.5)
-            | {"test_acc" + kind: 0.6 if beta == 1 else 0.5} for beta in (0.1, 1.0, 10.0)]
+                                                   betas=(0.1, 1.0, 10.0), capped=(10.0,))})
+    rows = [dict(cell, status="ok", seed=0, n=1, information=1.0, objective=1.0, train_acc=1.0,
+                 cross_entropy_batch=1.0, test_acc=0.5, test_acc_sampled=0.5, test_acc_average=0.5)
+            | {"test_acc" + kind: 0.6 if cell["beta"] == 1 else 0.5}
+            for cell in fig3.make_cells("cpu")[1]]
     table = fig3.claims(fig3.add_derived(rows), "cpu")[:3]
     assert [row["holds"] == "yes" for row in table] == [k == kind for k in fig3.KINDS]
 
