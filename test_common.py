@@ -1089,22 +1089,25 @@ CELLS += [("fig2_corrupted_labels", cell | {"n": 100, "beta": 0.1}, share) for c
     ({"panel": "models", "model": "ResNet"}, (0.02, 0.2)),
     ({"panel": "corruption", "corruption": 0.0}, (1, 1)),
     ({"panel": "corruption", "corruption": 0.5}, (0.4, 0.7)))]
-CELLS += [("fig3_width_beta", {"panel": "beta", "width": 1 / 32, "beta": 0.1}, (1, 1)),
-          ("fig3_width_beta", {"panel": "width", "width": 1 / 32, "weight_decay": 0}, (1, 1))]
+CELLS += [("fig3_width_beta", cell | {"width": 1 / 32}, (1, 1)) for cell in (
+    {"panel": "beta", "beta": 0.1, "max_log_alpha": 0.0}, {"panel": "width", "weight_decay": 0.1})]
 
 
 @pytest.mark.parametrize("script, cell, true", CELLS)
 def test_what_nets_are_trained_and_measured_on(monkeypatch, tmp_path, script, cell, true):
     figure, args, _ = demo(monkeypatch, script, tmp_path)
-    s, rates = figure.SETTINGS["demo"], []
+    s, rates, decays = figure.SETTINGS["demo"], [], set()
     x, y, x_test, y_test, mean, std = figure.load_data(args)
     shown = [common.normalise(images, mean, std, 32 if "fig3" in script else 28)
              for images in (x, x_test)]
     train, test = (dict(zip(names(some), labels.tolist())) for some, labels in
                    zip(shown, (y, y_test)))
     assert not train.keys() & test.keys()
-    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(
-        [group["lr"] for group in optimizer.param_groups]))
+
+    def note(optimizer, *_):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        decays.update(group["weight_decay"] for group in optimizer.param_groups)
+    hook = register_optimizer_step_pre_hook(note)
     with Oracle(train | test) as oracle:
         row = figure.train_cell(cell | {"seed": 3}, args.device, args, lambda *_: None)
     hook.remove()
@@ -1123,6 +1126,9 @@ def test_what_nets_are_trained_and_measured_on(monkeypatch, tmp_path, script, ce
         assert oracle.losses[-1] == pytest.approx(cell["beta"] / n, rel=1e-3)
         nats = row.get("cross_entropy_batch", row["cross_entropy"])
         assert nats < 1e-6 and row["information"] > 1
+    assert decays == {cell.get("weight_decay", 0)}
+    assert cell.get("max_log_alpha") in {getattr(m, "max_log_alpha", None)
+                                         for m in oracle.net.modules()}
     if cell.get("model"):
         assert any("Block" in type(m).__name__ for m in oracle.net)
     if "beta" not in cell:

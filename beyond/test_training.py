@@ -8,8 +8,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (_ratio_estimates, accuracy, density_ratio_information, label_information,
-                    synthetic_digits, total_correlation)
+from common import (_ratio_estimates, accuracy, bn_recalibrated, density_ratio_information,
+                    label_information, predict, synthetic_digits, to_stochastic, total_correlation)
 
 torch.set_num_threads(1)
 
@@ -184,3 +184,28 @@ def test_fig5_ridge_reads_the_nats_of_a_gaussian_channel_and_none_from_what_is_i
     assert abs(nats(torch.zeros(8000, 30), n=4000)) < 0.01
     unpenalised = -2 * np.log(300 / 180)  # expected of z that tells nothing, 120 columns, n = 300
     assert 0.1 * unpenalised < nats(torch.randn(8000, 120), n=300) < 0.05
+
+
+def test_fig3_samples_one_net_for_all_images_and_averages_probabilities(monkeypatch):
+    import fig3_width_beta as fig3
+    seen = []
+    monkeypatch.setattr(fig3, "predict", lambda *inputs: seen.append(predict(*inputs)) or seen[-1])
+    torch.manual_seed(0)
+    model = to_stochastic(fig3.all_cnn(1 / 32), log_alpha=0.0)
+    x, label = torch.randn(20, 3, 32, 32), 3
+    test = torch.randn(1, 3, 32, 32).expand(150, -1, -1, -1)  # one image, in two batches
+    row = fig3.evaluate_draws(model, x, test, torch.full((150,), label), draws=3)
+    for logits in seen:
+        torch.testing.assert_close(logits, logits[:1].expand(150, -1))
+    mean, *draws = (logits[0].softmax(0)[label] for logits in seen)
+    assert len({probability.item() for probability in (mean, *draws)}) == 4
+    draws = torch.stack(draws)
+    assert row["test_nll"] == pytest.approx(-mean.log().item(), rel=1e-4)
+    assert row["test_nll_sampled"] == pytest.approx(-draws.log().mean().item(), rel=1e-4)
+    assert row["test_nll_average"] == pytest.approx(-draws.mean().log().item(), rel=1e-4)
+    right = [float(logits[0].argmax() == label) for logits in seen]
+    assert row["test_acc"] == right[0] and row["test_acc_sampled"] == np.mean(right[1:])
+    average = torch.stack(seen[1:]).softmax(-1).mean(0)
+    assert row["test_acc_average"] == float(average[0].argmax() == label)
+    with bn_recalibrated(model, x.split(100), draw=False):
+        torch.testing.assert_close(seen[0], predict(model, test))
