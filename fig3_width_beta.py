@@ -27,7 +27,7 @@ from common import (accuracy, bn_recalibrated, claim, complete_seeds, draw_subse
 # What a cell is trained with, stored in its row. draws: nets sampled to be averaged.
 RATES = dict(draws=20, lr_sgd=0.05, lr=0.024, lr_noise=0.01, hold=0.6)
 SETTINGS = {
-    "demo": dict(n=800, test=1000, batch=50, width_steps=300, beta_steps=600, draws=5,
+    "demo": dict(n=800, test=1000, batch=50, width_steps=600, beta_steps=600, draws=5,
                  lr_sgd=0.05, lr=0.003, lr_noise=0.04, hold=0.8),
     "cpu": dict(n=5000, test=10_000, batch=100, width_steps=1000, beta_steps=8000, **RATES),
     "paper": dict(n=50_000, test=10_000, batch=100, width_steps=50_000, beta_steps=50_000,
@@ -104,7 +104,8 @@ def train_cell(cell, device, args, progress):
         to_stochastic(model, max_log_alpha=cell.get("max_log_alpha"))
         optimizer = torch.optim.Adam(param_groups(model, s["lr"], s["lr_noise"]), fused=True)
     model.to(device, memory_format=torch.channels_last)  # faster on a CPU
-    bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=plain)  # half the time
+    fast = plain and args.scale != "demo"  # slow on a CPU without bfloat16
+    bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=fast)
     steps = s[cell["panel"] + "_steps"]
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step / steps, s["hold"]))
@@ -141,7 +142,7 @@ def train_cell(cell, device, args, progress):
 
 @torch.no_grad()
 def evaluate_draws(model, x, x_test, y_test, draws):
-    """Test accuracy and negative log-likelihood (NLL) of three predictions: dict of floats.
+    """Test accuracy and NLL of three predictions: dict of floats.
 
     Of the mean weights; of one sampled net, the mean over draws; of the average of the draws'
     probabilities. Batch norm is estimated anew for each net.
@@ -185,7 +186,7 @@ def add_derived(rows):
 
 
 def by(rows, key, value):
-    """{key of the rows, ascending: array of values, one per seed}."""
+    """{key, ascending: array of the seeds' values}."""
     groups = {}
     for row in sorted(rows, key=lambda row: row[key]):
         groups.setdefault(row[key], []).append(row[value])
@@ -193,7 +194,7 @@ def by(rows, key, value):
 
 
 def claims(ok, scale):
-    """The claims table, over the seeds of which no cell of a panel is missing."""
+    """The claims table, of each panel over its complete seeds."""
     grid, (width, beta), table = GRID[scale], make_cells(scale), []
     for decay in grid["decays"]:
         cells = [cell for cell in width if cell["weight_decay"] == decay and "seed" not in cell]

@@ -727,10 +727,9 @@ def test_kill_and_torn_line_lose_nothing_finished_and_repeat_nothing(tmp_path, j
     toy.wait_for_rows(2)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    time.sleep(1.5)  # workers notice that their parent is gone
     saved, logged = toy.rows(), toy.log.read_text().split()
-    time.sleep(0.6)
-    assert toy.log.read_text().split() == logged  # no orphan goes on
+    time.sleep(1.5)
+    assert toy.log.read_text().split() == logged  # workers end when their parent is gone
     with open(toy.path, "a") as file:
         file.write('{"figure": "toy", "beta": 3, "se')
     result = toy.run("--jobs", jobs)
@@ -865,6 +864,8 @@ def test_statistics_of_rows():
     assert common.per_seed(len, complete).tolist() == [2, 2]
     assert common.crossing([(1, 0.9), (10, 0.5), (100, 0.1)], 0.3) == pytest.approx(10**1.5)
     assert math.isnan(common.crossing([(1, 0.9), (10, 0.5)], 0.3))
+    assert common.crossing([(1, 0.5), (10, 0.3)], 0.5) == 1
+    assert math.isnan(common.crossing([(1, 0.9), (10, 0.5)], 0.5))
     assert common.fmt([1.0, 3.0]) == "2.00 ± 1.41" and common.fmt([0.5], "{:.0%}") == "50%"
     assert len(common.ok_rows(rows, x=1)) == 2 and len(common.ok_rows(rows, z=None)) == 5
 
@@ -1240,6 +1241,7 @@ def fig1_verdicts(**change):
     ("falls through 55%", dict(labels="random", beta=1.2), "train_acc_batch", [0.4], [0.45]),
     ("falls through 55%", dict(labels="random", beta=0.4), "train_acc_batch", [0.5], [0.4]),
     ("converged", dict(labels="random", beta=0.4), "objective", [1.119], [1.121]),
+    ("converged", dict(labels="random", beta=1.2), "objective", [9.0], []),  # memory does not pay
     ("r ≤ 1", dict(labels="random", n=100, beta=0.1), "information", [226], [225]),
     ("between 0.7 and 1", dict(labels="random", n=100), "information", [226, 321], [225, 322]),
     ("memory pays", dict(labels="random", n=100), "information", [321], [322]),
@@ -1328,7 +1330,7 @@ def test_fig2_claims_can_hold_and_fail_and_stay_undecided():
     assert len(fig2_verdicts(scale="demo")) == 6
     for part, change in (
             ("All-CNN: train error",
-             cell(model="All-CNN", beta=0.158, new_train_acc_batch=0.84)),
+             cell(model="All-CNN", beta=0.158, new_train_acc_batch=0.849)),
             ("ResNet: train error",
              cell(model="ResNet", beta=2.51, new_train_acc_batch=0.21)),
             ("ResNet: it passes",
