@@ -142,7 +142,7 @@ def train_cell(cell, device, args, progress):
 
 @torch.no_grad()
 def evaluate_draws(model, x, x_test, y_test, draws):
-    """Test accuracy and NLL of three predictions: dict of floats.
+    """Test accuracy and NLL of three predictions.
 
     Of the mean weights; of one sampled net, the mean over draws; of the average of the draws'
     probabilities. Batch norm is estimated anew for each net.
@@ -202,7 +202,7 @@ def claims(ok, scale):
             rows += [row for width in grid["widest"]
                      for row in ok_rows(ok, weight_decay=decay, width=width)]
             table += width_claims(rows, f"weight decay {decay:g}")
-    rows = complete_seeds(ok, beta)
+    rows = complete_seeds(ok, [{"max_log_alpha": None} | cell for cell in beta])
     return table + (beta_claims(rows, grid) if rows else [])
 
 
@@ -270,7 +270,7 @@ def plot(ok, args):
     width, beta = (ok_rows(ok, panel=panel) for panel in ("width", "beta"))
     free, capped = ok_rows(beta, cap=np.inf), ok_rows(beta, cap=0.0)
     fig, axes = new_figure(2, 3, f"Fig. 3: All-CNN, {n:,} images, {args.dataset}, scale "
-                           f"{args.scale}, up to {seeds} seeds per cell")
+                           f"{args.scale}, up to {seeds} seeds")
     width_ax, width_paper, nats_ax, beta_ax, beta_paper, nll_ax = axes.flat
     for decay in GRID[args.scale]["decays"]:
         rows, colour = ok_rows(width, weight_decay=decay), "C0" if decay else "C2"
@@ -297,7 +297,7 @@ def plot(ok, args):
 
 
 def make_cells(scale):
-    """The cells of the two panels: (width, beta)."""
+    """The cells: (width, beta)."""
     grid = GRID[scale]
     width = [{"panel": "width", "width": w, "weight_decay": decay} | seed
              for widths, seed in ((grid["widths"], {}), (grid["widest"], {"seed": 0}))

@@ -18,6 +18,7 @@ def fig3_verdicts(monkeypatch, by_width, by_beta, capped=33.0, gap=0.0, nats=1.0
             test_acc_sampled=1 - error / 100, cross_entropy_batch=1.0))
         rows[-1]["objective"] = 1 + cell.get("beta", 0) + gap * (cell.get("beta") == 0.1)
         rows[-1]["test_acc"] = rows[-1]["test_acc_average"] = rows[-1]["test_acc_sampled"]
+    assert not fig3.claims(fig3.add_derived(rows[-1:]), "cpu")
     return fig3.claims(fig3.add_derived(rows), "cpu")
 
 
@@ -28,6 +29,7 @@ def test_fig3_claims_can_hold_and_fail(monkeypatch):
         table = fig3_verdicts(monkeypatch, falling | widths, u | betas, **more)
         return [row["holds"] for row in table]
 
+    assert fig3_verdicts(monkeypatch, falling, u)[4]["ours"] == "33.0%, best 30.0%"  # one seed
     assert verdicts(capped=32.9) == ["yes"] * 6  # the plateau is not decided
     for widest, plateau in ((19.51, "yes"), (21.49, "yes"), (21.51, "NO")):
         assert verdicts({2: widest}, capped=32.9) == [plateau] + ["yes"] * 6
