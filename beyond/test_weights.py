@@ -148,22 +148,25 @@ def test_second_order_cross_entropy_under_noise_is_that_of_proposition_4_3():
 
 
 def test_flat_minimum_bound_holds_on_a_trained_network():
-    x = torch.randn(300, 4, dtype=torch.double)
-    flat = torch.randn(4 * 3 + 3 * 2, dtype=torch.double).requires_grad_()
+    x = torch.randn(300, 6, dtype=torch.double)
+    flat = torch.randn(6 * 3, dtype=torch.double).requires_grad_()
 
-    def logits(flat):
-        return torch.tanh(x @ flat[:12].view(4, 3)) @ flat[12:].view(3, 2)
+    def logits(flat):  # of one layer: convex, so that training ends at the minimum
+        return x @ flat.view(6, 3)
 
     def cross_entropy(flat):
         return F.cross_entropy(logits(flat), y, reduction="sum")
 
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(flat)
+        loss.backward()
+        return loss
+
     # labels of such a net: the minimum is at finite weights
     y = torch.distributions.Categorical(logits=logits(flat)).sample()
-    optimizer = torch.optim.Adam([flat], lr=0.03)
-    for _ in range(500):
-        optimizer.zero_grad()
-        cross_entropy(flat).backward()
-        optimizer.step()
+    optimizer = torch.optim.LBFGS([flat], max_iter=500, line_search_fn="strong_wolfe")
+    optimizer.step(closure)
     weight = flat.detach()
     hessian = torch.autograd.functional.hessian(cross_entropy, weight)
     trace = hessian.trace()
