@@ -892,6 +892,7 @@ def parse_args(doc, datasets, seeds):
     args.jobs = args.jobs or (len(affinity(0)) if on_cpu else 1)
     args.seeds = list(dict.fromkeys(args.seeds or seeds[args.scale]))
     args.figure = Path(sys.argv[0]).stem
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if closed, as by >&-
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show β still shows the rest
     return args
 
@@ -1023,7 +1024,7 @@ def _run_cell(train_cell, cell, args):
     def progress(step, steps, loss):
         if not math.isfinite(loss):
             raise FloatingPointError
-        if sys.stdout.isatty():
+        if sys.stdout and sys.stdout.isatty():
             print(f"{cell}: step {step}/{steps}, loss {loss:.3f}\033[K\r", end="", flush=True)
 
     started = time.monotonic()

@@ -825,6 +825,14 @@ def test_unwritable_folder_and_full_disk_end_in_one_line(tmp_path):
     assert toy.run("--jobs", "1").returncode == 0 and len(toy.rows()) == 4
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell that closes files")
+def test_a_closed_standard_output_does_not_matter(tmp_path):
+    toy = Toy(tmp_path, betas="6, 7")
+    command = f'"{sys.executable}" "{toy.script}" --scale demo --jobs 2 --out "{toy.out}" >&-'
+    result = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (0, "") and len(toy.rows()) == 2
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no file size limits")
 def test_a_row_cut_short_is_an_error_and_is_run_again(tmp_path):
     import resource
