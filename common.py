@@ -1082,13 +1082,20 @@ def complete_seeds(rows, cells):
     return [row for found in by_seed if all(found) for some in found for row in some]
 
 
+def group_by(rows, *keys):
+    """{values of these keys, ascending: the rows that have them}."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return dict(sorted(groups.items()))
+
+
 def summarise(rows, x, y, **where):
     """[(x, mean of y, sample std, count), ...] over the ok rows with these values, by x."""
-    groups = {}
-    for row in ok_rows(rows, **where):
-        groups.setdefault(row[x], []).append(row[y])
+    groups = group_by(ok_rows(rows, **where), x).items()
+    values = [(key, [row[y] for row in group]) for (key,), group in groups]
     return [(key, float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v))
-            for key, v in sorted(groups.items())]
+            for key, v in values]
 
 
 def crossing(points, level):

@@ -28,7 +28,7 @@ from matplotlib.tri import Triangulation
 
 from common import (StochasticConv2d, StochasticLinear, beta_at, claim, complete_seeds,
                     corrupt_labels, crossing, draw_subset, evaluate, evaluate_as_trained, fmt,
-                    load_images, lr_factor, minibatches, new_figure, normalise, ok_rows,
+                    group_by, load_images, lr_factor, minibatches, new_figure, normalise, ok_rows,
                     param_groups, parse_args, per_seed, plot_points, run_grid, save_figure,
                     save_tables, summarise, weight_information)
 
@@ -218,14 +218,11 @@ def claims(random, real, ok, grid):
 
 def measured(ok):
     """Means over the seeds, by labels, N, beta and steps."""
-    groups, columns = {}, {"train": "train_acc_batch", "test": "test_acc", "objective": "objective",
-                           "cross-entropy": "cross_entropy_batch", "I/N": "nats", "r": "r"}
-    for row in ok:
-        cell = row["labels"], row["n"], row["beta"], row["steps"]
-        groups.setdefault(cell, []).append(row)
+    columns = {"train": "train_acc_batch", "test": "test_acc", "objective": "objective",
+               "cross-entropy": "cross_entropy_batch", "I/N": "nats", "r": "r"}
     return [dict(zip(("labels", "N", "β", "steps"), cell)) | {"seeds": len(rows)}
             | {name: fmt([row[key] for row in rows]) for name, key in columns.items()}
-            for cell, rows in sorted(groups.items())]
+            for cell, rows in group_by(ok, "labels", "n", "beta", "steps").items()]
 
 
 def plot(ok, complete, args):  # complete: seeds that lack no random-label cell

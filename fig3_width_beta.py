@@ -19,19 +19,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (accuracy, bn_recalibrated, claim, complete_seeds, draw_subset,
-                    evaluate, evaluate_as_trained, fmt, ib_loss, load_images, lr_factor,
+                    evaluate, evaluate_as_trained, fmt, group_by, ib_loss, load_images, lr_factor,
                     minibatches, new_figure, normalise, ok_rows, param_groups, parse_args,
                     plot_points, predict, run_grid, save_figure, save_tables, summarise,
                     to_stochastic, weight_information)
 
 # What a cell is trained with, stored in its row. draws: nets sampled to be averaged.
-RATES = dict(draws=20, lr_sgd=0.05, lr=0.024, lr_noise=0.01, hold=0.6)
+SHARED = dict(draws=20, lr_sgd=0.05, lr=0.024, lr_noise=0.01, hold=0.6)
 SETTINGS = {
     "demo": dict(n=800, test=1000, batch=50, width_steps=600, beta_steps=600, draws=5,
                  lr_sgd=0.05, lr=0.003, lr_noise=0.04, hold=0.8),
-    "cpu": dict(n=5000, test=10_000, batch=100, width_steps=1000, beta_steps=8000, **RATES),
+    "cpu": dict(n=5000, test=10_000, batch=100, width_steps=1000, beta_steps=8000, **SHARED),
     "paper": dict(n=50_000, test=10_000, batch=100, width_steps=50_000, beta_steps=50_000,
-                  **RATES),
+                  **SHARED),
 }
 DECAYS = (0.001, 0.0)  # that of the All-CNN's authors, and none
 # The cells: widths, the widest of seed 0 only; beta at one width; capped: with alpha <= 1.
@@ -187,10 +187,8 @@ def add_derived(rows):
 
 def by(rows, key, value):
     """{key, ascending: array of the seeds' values}."""
-    groups = {}
-    for row in sorted(rows, key=lambda row: row[key]):
-        groups.setdefault(row[key], []).append(row[value])
-    return {x: np.array(v) for x, v in groups.items()}
+    return {x: np.array([row[value] for row in group])
+            for (x,), group in group_by(rows, key).items()}
 
 
 def claims(ok, scale):
@@ -199,8 +197,8 @@ def claims(ok, scale):
     for decay in grid["decays"]:
         cells = [cell for cell in width if cell["weight_decay"] == decay and "seed" not in cell]
         if rows := complete_seeds(ok, cells):
-            rows += [row for width in grid["widest"]
-                     for row in ok_rows(ok, weight_decay=decay, width=width)]
+            rows += [row for w in grid["widest"]
+                     for row in ok_rows(ok, weight_decay=decay, width=w)]
             table += width_claims(rows, f"weight decay {decay:g}")
     rows = complete_seeds(ok, [{"max_log_alpha": None} | cell for cell in beta])
     return table + (beta_claims(rows, grid) if rows else [])
@@ -210,9 +208,9 @@ def width_claims(rows, name):
     error, table = by(rows, "width", "test_error"), []
     text = {width: f"×{width:g} {fmt(v, '{:.1f}%')}" for width, v in error.items()}
     mean = {width: v.mean() for width, v in error.items()}
-    *_, second, widest = mean
+    *_, before, widest = mean
     best, falls = min(mean, key=mean.get), [width for width in mean if width <= 1]
-    if best != widest or mean[second] - mean[widest] < 0.5:  # else it still falls
+    if best != widest or mean[before] - mean[widest] < 0.5:  # else it still falls
         table.append(claim(f"{name}: the widest net is within 1.5 points of the best (a plateau)",
                            "best 8.45%, widest 9.45%", f"best {text[best]}; widest {text[widest]}",
                            mean[widest] - mean[best] <= 1.5))
@@ -231,7 +229,7 @@ def beta_claims(rows, grid):
         error = by(free, "beta", key)
         best = min(error, key=lambda beta: error[beta].mean())
         spread = {b: np.std(v, ddof=1) if len(v) > 1 else 0.0 for b, v in error.items()}
-        least = [min(rows, key=lambda row: row[key]) for rows in seeds]
+        least = [min(own, key=lambda row: row[key]) for own in seeds]
         table.append(claim(
             f"{name}: a U, both ends exceed the best by 0.5 points and the seeds' spread",
             "9.16% at β = 0.001, 8.06% at 0.03, 9.64% at 100",
@@ -249,20 +247,17 @@ def beta_claims(rows, grid):
         "9.64%, best 8.06%", f"{fmt(capped, '{:.1f}%')}, best {best:.1f}%",
         capped.mean() - best <= 3))
     gaps = [max(row["objective"] - other["cross_entropy_batch"] - row["beta"] * other["nats"]
-                for row in rows for other in rows) for rows in seeds]
+                for row in own for other in own) for own in seeds]
     return table + [claim("converged: no β is beaten by another's final state by over 0.03 nats",
                           "–", fmt(gaps, "{:.3f}"), np.mean(gaps) <= 0.03)]
 
 
 def means(rows, keys, columns):
     """A table by these keys: mean and spread of columns, {title: (field, form)}."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return [{**{key: f"{value:.4g}" for key, value in zip(keys, group)}, "seeds": len(rows)}
-            | {title: fmt([row[field] for row in rows], form)
+    return [{**{key: f"{value:.4g}" for key, value in zip(keys, values)}, "seeds": len(group)}
+            | {title: fmt([row[field] for row in group], form)
                for title, (field, form) in columns.items()}
-            for group, rows in sorted(groups.items())]
+            for values, group in group_by(rows, *keys).items()]
 
 
 def plot(ok, args):

@@ -4,7 +4,7 @@ import argparse
 import pytest
 
 
-def fig3_verdicts(monkeypatch, by_width, by_beta, capped=33.0, gap=0.0, nats=1.0):
+def fig3_verdicts(monkeypatch, by_width, by_beta, capped=33.0, gap=0.0):
     import fig3_width_beta as fig3
     monkeypatch.setattr(fig3, "GRID", {"cpu": dict(
         widths=(0.5, 1), widest=(2,), decays=(0.0,), beta_width=1, betas=tuple(by_beta),
@@ -13,11 +13,11 @@ def fig3_verdicts(monkeypatch, by_width, by_beta, capped=33.0, gap=0.0, nats=1.0
     for cell in sum(fig3.make_cells("cpu"), []):
         error = capped if "max_log_alpha" in cell else (
             by_beta[cell["beta"]] if "beta" in cell else by_width[cell["width"]])
+        beta, right = cell.get("beta", 0), 1 - error / 100
         rows.append(cell | dict(
-            status="ok", seed=0, n=10, information=10 * nats, train_acc=1.0, test_acc=0.5,
-            test_acc_sampled=1 - error / 100, cross_entropy_batch=1.0))
-        rows[-1]["objective"] = 1 + cell.get("beta", 0) + gap * (cell.get("beta") == 0.1)
-        rows[-1]["test_acc"] = rows[-1]["test_acc_average"] = rows[-1]["test_acc_sampled"]
+            status="ok", seed=0, n=10, information=10.0, train_acc=1.0, test_acc=right,
+            test_acc_sampled=right, test_acc_average=right, cross_entropy_batch=1.0,
+            objective=1 + beta + gap * (beta == 0.1)))
     assert not fig3.claims(fig3.add_derived(rows[-1:]), "cpu")
     return fig3.claims(fig3.add_derived(rows), "cpu")
 
@@ -64,10 +64,10 @@ def test_fig4_claims_can_hold_and_fail(monkeypatch):
                                                       (10.0, 0.5, {}))]
         return [row["holds"] for row in fig4.claims(rows, "cpu")]
 
-    assert verdicts() == ["yes"] * 7
     def curve(nats):  # at three quarters of the steps
         return [[1, nats, nats]] * 8
 
+    assert verdicts() == ["yes"] * 7
     for position, (row, key, fails, holds) in enumerate((
             ("high", "i_zn_positions", 1.51, 1.49), ("high", "i_zn_nce", 1.01, 0.99),
             ("low", "curve", curve(2.72), curve(2.73)), ("high", "i_zy", 2.04, 2.06),
@@ -75,6 +75,7 @@ def test_fig4_claims_can_hold_and_fail(monkeypatch):
             ("high", "tc_share", 3.01, 2.99))):
         assert verdicts(**{row: {key: fails}})[position] == "NO", key
         assert verdicts(**{row: {key: holds}})[position] == "yes", key
+    assert verdicts(high={"status": "diverged"}) == []
 
 
 def test_fig5_claims_can_hold_and_fail(monkeypatch):
