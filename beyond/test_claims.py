@@ -8,7 +8,7 @@ def fig3_verdicts(monkeypatch, by_width, by_beta, capped=33.0, gap=0.0):
     import fig3_width_beta as fig3
     monkeypatch.setattr(fig3, "GRID", {"cpu": dict(
         widths=(0.5, 1), widest=(2,), decays=(0.0,), beta_width=1, betas=tuple(by_beta),
-        capped=(1.0,))})
+        capped=((1.0, 0.0),))})
     rows = []
     for cell in sum(fig3.make_cells("cpu"), []):
         error = capped if "max_log_alpha" in cell else (
@@ -44,7 +44,7 @@ def test_fig3_claims_can_hold_and_fail(monkeypatch):
 def test_fig3_judges_each_prediction_by_its_own_errors(monkeypatch, kind):
     import fig3_width_beta as fig3
     monkeypatch.setattr(fig3, "GRID", {"cpu": dict(widths=(), widest=(), decays=(), beta_width=1,
-                                                   betas=(0.1, 1.0, 10.0), capped=(10.0,))})
+                                                   betas=(0.1, 1.0, 10.0), capped=((10.0, 0.0),))})
     rows = [dict(cell, status="ok", seed=0, n=1, information=1.0, objective=1.0, train_acc=1.0,
                  cross_entropy_batch=1.0, test_acc=0.5, test_acc_sampled=0.5, test_acc_average=0.5)
             | {"test_acc" + kind: 0.6 if cell["beta"] == 1 else 0.5}
