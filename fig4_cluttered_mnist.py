@@ -12,7 +12,6 @@ the nuisance n the mask of the squares. The paper: as beta grows from 0.001 to 3
 Two lower bounds on I(z;n), on held-out digits and clutter. From z a decoder names the squares'
 positions. These determine n and are uniform over 625 places, so I(z;n) is at least
 10 * (log 625 - cross-entropy). A discriminator tells pairs (z, n) from others, as in the paper.
-In z every example and position has noise of its own, as Cor. 5.3 counts it.
 """
 import math
 
@@ -29,19 +28,20 @@ from common import (StochasticConv2d, accuracy, add_clutter, bn_recalibrated, cl
                     plot_points, predict, run_grid, save_figure, save_tables, summarise,
                     total_correlation, weight_information)
 
-# Stored in every row. n digits train the classifier, and under new clutter, `passes` times, decoder
-# and discriminator, both stopped by `validation`.
+# n digits train the classifier, and `passes` times the decoder and the discriminator.
 RATES = dict(lr=0.003, lr_noise=0.05)
+ALL = dict(n=60_000, batch=100, passes=1, **RATES)
 SETTINGS = {
     "demo": dict(width=1 / 8, n=4000, steps=400, batch=64, passes=4, discriminator_steps=300,
                  decoder_steps=400, validation=500, test=1000, **RATES),
-    "cpu": dict(width=1 / 8, n=60_000, steps=1800, batch=100, passes=1, discriminator_steps=1200,
-                decoder_steps=3000, validation=1000, test=5000, **RATES),
-    "paper": dict(width=1, n=60_000, steps=20_000, batch=100, passes=1, discriminator_steps=20_000,
-                  decoder_steps=20_000, validation=2000, test=10_000, **RATES),
+    "cpu": dict(width=1 / 8, steps=1800, discriminator_steps=1200, decoder_steps=3000,
+                validation=1000, test=5000, **ALL),
+    "paper": dict(width=1, steps=20_000, discriminator_steps=20_000, decoder_steps=20_000,
+                  validation=2000, test=10_000, **ALL),
 }
 BETAS = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
-GRID = {"demo": (0.001, 0.1, 1.0), "cpu": BETAS, "paper": BETAS}  # the first has the anchors
+GRID = {"demo": (0.001, 0.1, 1.0), "cpu": BETAS, "paper": BETAS}  # the first with anchors
+WIDE = {"demo": (), "cpu": (0.01, 1.0), "paper": ()}  # seed 0, twice the width
 SEEDS = {"demo": [0], "cpu": [0, 1], "paper": [0, 1, 2]}
 DATASETS = {"demo": ["synthetic"], "cpu": ["mnist", "synthetic"], "paper": ["mnist", "synthetic"]}
 
@@ -92,7 +92,7 @@ def descend(groups, steps, hold, loss):
         yield step, value.detach()
 
 
-def position_information(z, places, s, hidden=64):
+def position_information(z, places, s):
     """Barber and Agakov's lower bound on I(z;n), nats, and [[step, validation, test], ...].
 
     z: (n, channels, 7, 7). places: (n, squares), from 0 to 624. The last s["test"] are held out;
@@ -100,9 +100,9 @@ def position_information(z, places, s, hidden=64):
     """
     steps, train = s["decoder_steps"], len(z) - s["validation"] - s["test"]
     decoder, curve = nn.Sequential(
-        nn.BatchNorm2d(z.shape[1]), nn.Conv2d(z.shape[1], hidden, 3, padding=1),
-        nn.BatchNorm2d(hidden), nn.ReLU(), nn.Conv2d(hidden, hidden, 3, padding=1),
-        nn.BatchNorm2d(hidden), nn.ReLU(), nn.ConvTranspose2d(hidden, 16, 4, stride=4),
+        nn.BatchNorm2d(z.shape[1]), nn.Conv2d(z.shape[1], 64, 3, padding=1),
+        nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1),
+        nn.BatchNorm2d(64), nn.ReLU(), nn.ConvTranspose2d(64, 16, 4, stride=4),
         nn.ReLU(), nn.Conv2d(16, 1, 4), nn.Flatten()).to(z.device), [[0, 0.0, 0.0]]
 
     def nats(rows):  # log 625 - cross-entropy, summed over the squares
@@ -123,8 +123,8 @@ def position_information(z, places, s, hidden=64):
 
 
 def train_cell(cell, device, args, progress):
-    """Train one classifier, and measure what its representation holds."""
-    s, beta = SETTINGS[args.scale], cell["beta"]
+    """Train a classifier, and measure what its representation holds."""
+    s, beta = SETTINGS[args.scale] | cell, cell["beta"]
     torch.manual_seed(cell["seed"])
     generator = torch.Generator().manual_seed(cell["seed"])
     x, y, x_test, y_test, mean, std = load_data(args)
@@ -158,7 +158,7 @@ def codes(model, draw, x, x_test, passes):
     """z ~ p(z|x), masks and places: training digits under new clutter `passes` times, then test."""
     for layer in model.modules():
         if isinstance(layer, StochasticConv2d):
-            layer.local = True  # from here on
+            layer.local = True  # noise for every example and position, as in Cor. 5.3
     with bn_recalibrated(model, [draw(part)[0] for part in x[:2000].split(100)], draw=True):
         parts = [(predict(model[0], images), *rest) for images, *rest in map(
             draw, torch.cat([x] * passes + [x_test]).split(1000))]
@@ -188,7 +188,7 @@ def measure(model, draw, x, x_test, y_test, s):
 
 
 def anchors(draw, x, x_test, s):
-    """What the decoder reads from an untrained network's z, from another image's, from x itself."""
+    """What the decoder reads from an untrained net's z, from another image's, from x itself."""
     z, _, places = codes(all_cnn(s["width"]).to(x.device), draw, x, x_test, s["passes"])
     images, _, squares = map(torch.cat, zip(*map(draw, torch.cat([x, x_test]).split(1000))))
     return {"i_zn_untrained": position_information(z, places, s)[0],
@@ -200,8 +200,8 @@ def anchors(draw, x, x_test, s):
 def layer_bounds(features):
     """{layer: its size, nats in the weights, and bound of Cor. 5.3 on I(z;x), nats}.
 
-    With uncorrelated inputs a unit whose weights have Gaussian noise of variance a is a channel of
-    capacity log(1 + 1/a)/2, and Cor. 5.3 allows 1 nat more. Each unit has its own a.
+    A unit whose weights have noise of variance a is a channel of capacity log(1 + 1/a)/2, if its
+    inputs are uncorrelated, and Cor. 5.3 allows 1 nat more. Each unit has its own a.
     """
     bounds, side = {}, 28
     for number, layer in enumerate((m for m in features if isinstance(m, nn.Conv2d)), 1):
@@ -221,7 +221,7 @@ def layer_bounds(features):
 def disentanglement(layer, inputs):
     """TC(z) and I(x;z) of a 1x1 convolution's units at one position, nats (Prop. 5.1).
 
-    inputs: (n, channels, height, width). Positions without any are left out: noise 0 diverges.
+    inputs: (n, channels, height, width). Positions where all are 0 are left out.
     """
     inputs, units = (rearrange(t, "n c h w -> (n h w) c") for t in (inputs, predict(layer, inputs)))
     alive = inputs.any(1)
@@ -240,7 +240,7 @@ PAPER = [(0.001, 9.7, 19_900), (0.01, 8.45, 18_900), (0.1, 5.0, 10_700), (0.3, 4
 def claims(ok, scale):
     """The claims table, over complete seeds."""
     betas, table = GRID[scale], []
-    if not (rows := complete_seeds(ok, [{"beta": beta} for beta in betas])):
+    if not (rows := complete_seeds(ok, [{"beta": beta, "width": None} for beta in betas])):
         return table
 
     def values(key):  # (betas, seeds)
@@ -267,19 +267,19 @@ def claims(ok, scale):
     kept = [nuisance[-1] / nuisance[one], label[-1] / label[one]]
     add("beyond β = 1, I(z;n) loses a larger share than I(z;y) (shown: what is kept)", "–", kept,
         kept[0].max() < kept[1].min(), "{:.0%}", ("I(z;n)", "I(z;y)"))
-    for key, what in (("total_correlation", "TC(z)"), ("tc_share", "TC(z)/(I(x;z) + TC(z))")):
-        add(f"{what} falls with every step of β", "not shown", values(key),
-            np.diff(values(key).mean(1)).max() < 0)
+    share = values("tc_share")
+    add("TC(z), as a share of I(x;z) + TC(z), falls with every step of β", "not shown", share,
+        np.diff(share.mean(1)).max() < 0)
     return table
 
 
 def plot(ok, args):
-    width, seeds = SETTINGS[args.scale]["width"], {row["seed"] for row in ok}
-    fig, axes = new_figure(2, 3, f"Fig. 4: All-CNN, width ×{width:g}, {args.dataset} with "
-                           f"clutter, scale {args.scale}, {len(seeds)} seeds")
+    width, seeds = SETTINGS[args.scale]["width"], len({row["seed"] for row in ok})
+    fig, axes = new_figure(2, 3, f"Fig. 4: All-CNN ×{width:g}, {args.dataset}, scale {args.scale}, "
+                           f"{seeds} seeds")
     nats_ax, steps_ax, bound_ax, layer_ax, weight_ax, unit_ax = axes.flat
     beta, nuisance, bound = zip(*PAPER)
-    nats_ax.plot(beta, nuisance, "D-", color="0.6", ms=4, label="paper, I(z;n), 192 channels")
+    nats_ax.plot(beta, nuisance, "D-", color="0.6", ms=4, label="paper, I(z;n)")
     nats_ax.axhline(2.21, color="0.6", ls="--", label="paper, I(z;y)")
     bound_ax.plot(beta, bound, "D-", color="0.6", ms=4, label="paper, 9,408 units")
     for ax, key, name in ((nats_ax, "i_zn_positions", "I(z;n), positions"),
@@ -298,27 +298,26 @@ def plot(ok, args):
             share = [row | {"share": row["layers"][name][nats] / row["layers"][name][of]}
                      for row in ok]
             plot_points(ax, summarise(share, "beta", "share"), label=name)
-    for ax, scale, title in (
-            (nats_ax, "symlog", "what z holds"),
-            (bound_ax, "log", "bound of Cor. 5.3"),
-            (layer_ax, "log", "the same per unit, no +1"),
-            (weight_ax, "log", "information per weight"),
-            (unit_ax, "linear", "last layer, at one position"),
-            (steps_ax, "linear", "I(z;n) from positions")):
-        ax.set(xscale="log", yscale=scale, xlabel="β", ylabel="nats", title=title)
+    for ax, title in zip(axes.flat, (
+            "what z holds", "I(z;n) from positions", "bound of Cor. 5.3",
+            "the same per unit, no +1", "information per weight", "last layer, at one position")):
+        ax.set(xscale="log", yscale="log", xlabel="β", ylabel="nats", title=title)
         ax.legend()
-    steps_ax.set(xscale="linear", xlabel="decoder steps")
-    nats_ax.set_ylim(0)
+    nats_ax.set(yscale="symlog", ylim=(0, None))
+    unit_ax.set(yscale="linear")
+    steps_ax.set(xscale="linear", yscale="linear", xlabel="decoder steps")
     save_figure(fig, args)
 
 
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
-    cells = [{"beta": beta} for beta in GRID[args.scale]]
-    rows = run_grid(cells, train_cell, args, SETTINGS[args.scale], load_data)
-    ok = ok_rows(rows)
-    plot(ok, args)
-    save_tables(args, claims=claims(ok, args.scale))
+    s, cells = SETTINGS[args.scale], [{"beta": beta} for beta in GRID[args.scale]]
+    wide = [{"beta": beta, "width": 2 * s["width"], "seed": 0} for beta in WIDE[args.scale]]
+    ok = ok_rows(run_grid(cells + wide, train_cell, args, s, load_data))
+    plot(ok_rows(ok, width=None), args)
+    save_tables(args, claims=claims(ok, args.scale), twice_the_width=[
+        {key: fmt(row[key]) for key in ("beta", "i_zn_positions", "i_zn_nce", "i_zy")}
+        for row in ok if "width" in row])
 
 
 if __name__ == "__main__":
