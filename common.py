@@ -1163,7 +1163,8 @@ def save_tables(args, **tables):
     for title, table in tables.items():
         if table:
             lines = [table[0], ["---"] * len(table[0]), *(row.values() for row in table)]
-            body = "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+            cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+            body = "".join(f"| {' | '.join(line)} |\n" for line in cells)
             text += f"{title.replace('_', ' ')}:\n\n{body}\n"
     print("\n" + text, end="")
     (args.out / f"{stem}.md").write_text(text, encoding="utf-8")

@@ -281,7 +281,7 @@ def plot(ok, args):
     beta, nuisance, bound = zip(*PAPER)
     nats_ax.plot(beta, nuisance, "D-", color="0.6", ms=4, label="paper, I(z;n)")
     nats_ax.axhline(2.21, color="0.6", ls="--", label="paper, I(z;y)")
-    bound_ax.plot(beta, bound, "D-", color="0.6", ms=4, label="paper, 9,408 units")
+    bound_ax.plot(beta, bound, "D-", color="0.6", ms=4, label="paper, 9,408")
     for ax, key, name in ((nats_ax, "i_zn_positions", "I(z;n), positions"),
                           (nats_ax, "i_zn_nce", "I(z;n), InfoNCE"), (nats_ax, "i_zy", "I(z;y)"),
                           (bound_ax, "bound", "ours"), (bound_ax, "capacity", "no +1 per unit"),
@@ -291,7 +291,7 @@ def plot(ok, args):
         steps_ax.plot(*np.transpose(row["curve"])[:2], "o-", ms=3, label=f"β = {row['beta']:g}")
         for key, style in (("picture", "-"), ("untrained", "--"), ("shuffled", ":")):
             if (nats := row.get(f"i_zn_{key}")) is not None:
-                nats_ax.axhline(nats, color="C0", lw=0.8, ls=style, label=f"from {key}")
+                nats_ax.axhline(nats, color="C0", lw=0.8, ls=style, label=f"I(z;n), {key}")
     for name in ok[0]["layers"]:
         for ax, nats, of in ((layer_ax, "capacity", "units"),
                              (weight_ax, "information", "weights")):
