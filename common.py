@@ -144,11 +144,11 @@ class _StochasticWeight:
             self.log_sigma2.copy_(value + _log_square(self.weight))
 
     def _capped_log_sigma2(self):
-        """log sigma^2 under the cap on log alpha, in value but not in gradient."""
+        """log sigma^2 under the cap on log alpha, which lets the gradient of log sigma^2 pass."""
         if self.max_log_alpha is None:
             return self.log_sigma2
-        log_alpha = _at_least_float32(self.log_sigma2) - _log_square(self.weight)
-        return self.log_sigma2 - F.relu(log_alpha - self.max_log_alpha).detach()
+        log_alpha = _at_least_float32(self.log_sigma2.detach()) - _log_square(self.weight)
+        return self.log_sigma2 - F.relu(log_alpha - self.max_log_alpha)
 
     def information(self):
         """Upper bound I~(w;D) on the information in this layer's weights: 0-d tensor, nats.

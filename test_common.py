@@ -138,6 +138,28 @@ def test_a_cap_on_alpha_holds_in_value_and_lets_the_gradient_pass(noise, local):
 
 
 @NOISES
+def test_under_the_cap_the_gradient_of_the_means_is_the_slope(noise, local):
+    """There alpha is constant: the noise grows with the weight, the information does not change."""
+    layer = StochasticLinear(4, 2, noise=noise, local=local, log_alpha=4.0, max_log_alpha=0.5)
+    layer.double()
+    x, step = torch.randn(3, 4, dtype=torch.double), 1e-5
+
+    def loss():
+        torch.manual_seed(1)
+        return layer(x).square().sum() + 10 * layer.information()
+
+    loss().backward()
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            layer.weight[1, 2] += sign * step
+            ends.append(loss().item())
+            layer.weight[1, 2] -= sign * step
+    slope = (ends[0] - ends[1]) / (2 * step)
+    assert layer.weight.grad[1, 2].item() == pytest.approx(slope, rel=1e-4)
+
+
+@NOISES
 def test_a_layer_with_too_much_noise_learns_less_of_it(noise, local):
     layer = StochasticLinear(20, 1, noise=noise, local=local, log_alpha=0.0)
     optimizer = torch.optim.Adam([layer.log_sigma2], 0.05)
