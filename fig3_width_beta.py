@@ -175,7 +175,7 @@ KINDS = {"": "mean weights", "_sampled": "one sampled net", "_average": "average
 
 
 def add_derived(rows):
-    """The rows that did not diverge, with errors in %, nats per sample and cap of log alpha."""
+    """The rows that did not diverge, with what follows from them."""
     rows = ok_rows(rows)
     for row in rows:
         row["train_error"] = 100 * (1 - row.get("train_acc_batch", row["train_acc"]))
@@ -194,15 +194,16 @@ def by(rows, key, value):
 
 def claims(ok, scale):
     """The claims table, of each panel over its complete seeds."""
-    grid, (width, beta), table = GRID[scale], make_cells(scale), []
+    grid, (*beta, width), table = GRID[scale], make_cells(scale), []
     for decay in grid["decays"]:
         cells = [{name: cell[name] for name in ("width", "weight_decay")} for cell in width
                  if cell["weight_decay"] == decay]
-        narrow = [cell for cell in cells if cell["width"] not in grid["widest"]]
+        narrow = [cell for cell in cells if cell["width"] <= 1]
         if rows := complete_seeds(ok, narrow):
             table += width_claims(rows, complete_seeds(ok, cells) or rows, f"decay {decay:g}")
-    rows = complete_seeds(ok, [{"max_log_alpha": None} | cell for cell in beta])
-    return table + (beta_claims(rows, scale) if rows else [])
+    free, capped = (complete_seeds(ok, [{"max_log_alpha": None} | cell for cell in cells])
+                    for cells in beta)
+    return table + (beta_claims(free, capped, scale) if free else [])
 
 
 def width_claims(narrow, rows, name):
@@ -213,7 +214,7 @@ def width_claims(narrow, rows, name):
     def text(error):
         return "; ".join(f"×{width:g} {fmt(v, '{:.1f}%')}" for width, v in error.items())
     if best != widest or mean[before] - mean[widest] < 0.5:  # else it still falls
-        table.append(claim(f"{name}: a plateau, the widest net's error is at most 1.5 points above "
+        table.append(claim(f"{name}: a plateau, the widest net at most 1.5 points above "
                            "the best", "best 8.45%, widest 9.45%", text(error),
                            mean[widest] - mean[best] <= 1.5))
     return table + [claim(
@@ -222,32 +223,31 @@ def width_claims(narrow, rows, name):
         all(np.diff([v.mean() for v in narrow.values()]) < -0.5))]
 
 
-def beta_claims(rows, scale):
-    table, free = [], ok_rows(rows, cap=np.inf)
-    seeds = [ok_rows(free, seed=seed) for seed in sorted({row["seed"] for row in free})]
-    low, *_, high = GRID[scale]["betas"]
+def beta_claims(free, capped, scale):
+    seeds, table = list(group_by(free, "seed").values()), []
+    low, *_, high = betas = GRID[scale]["betas"]
     for kind, name in list(KINDS.items())[:1 if scale == "demo" else 3]:
-        key = f"test_error{kind}"
-        error = by(free, "beta", key)
-        best = min(error, key=lambda beta: error[beta].mean())
-        rise = [error[beta] - error[best] for beta in (low, high)]
-        least = [min(own, key=lambda row: row[key]) for own in seeds]
+        error = np.array([[row[f"test_error{kind}"] for row in own] for own in seeds])
+        others = error.sum(0) - error if len(error) > 1 else error
+        best = others.argmin(1)  # chosen on the others
+        least = error[range(len(best)), best]
+        rise = error[:, [0, -1]] - least[:, None]
+        spread = rise.std(0, ddof=1) if len(rise) > 1 else 0
         table.append(claim(
-            f"{name}: a U, both ends exceed the best by 0.5 points and the spread of this rise",
-            "9.16% at β = 0.001, 8.06% at 0.03, 9.64% at 100",
-            "; ".join(f"{fmt(error[b], '{:.1f}%')} at β = {b:g}" for b in (low, best, high))
-            + "; best of each seed at β = " + ", ".join(f"{row['beta']:g}" for row in least)
-            + f", {fmt([row['nats'] for row in least])} nats per sample",
-            all(v.mean() > max(0.5, np.std(v, ddof=1) if len(v) > 1 else 0) for v in rise)))
-    if scale == "demo":  # too brief
+            f"{name}: a U, both ends exceed the best by 0.5 points and their spread",
+            "9.16, 8.06, 9.64% at β = 0.001, 0.03, 100", "; ".join(
+                f"{fmt(v, '{:.1f}%')} at β = {b}" for v, b in (
+                    (error[:, 0], low), (least, ", ".join(f"{betas[i]:g}" for i in best)),
+                    (error[:, -1], high)))
+            + f"; best at {fmt([own[i]['nats'] for own, i in zip(seeds, best)])} nats per sample",
+            (rise.mean(0) > np.maximum(0.5, spread)).all()))
+    if scale == "demo":
         return table
     best = min(v.mean() for v in by(free, "beta", "test_error").values())
-    for cap, error in by(ok_rows(rows, beta=high), "cap", "test_error").items():
-        if cap < np.inf:
-            table.append(claim(
-                f"mean weights, log α ≤ {cap:g}: error at β = {high:g} is within 3 points of the "
-                "best without cap", "9.64%, best 8.06%",
-                f"{fmt(error, '{:.1f}%')}, best {best:.1f}%", error.mean() - best <= 3))
+    for cap, error in by(ok_rows(capped, beta=high), "cap", "test_error").items():
+        table.append(claim(f"mean weights, log α ≤ {cap:g}: error at β = {high:g} is within 3 "
+                           "points of the best without cap", "9.64%, best 8.06%",
+                           f"{fmt(error, '{:.1f}%')}, best {best:.1f}%", error.mean() - best <= 3))
     gaps = [max(row["objective"] - other["cross_entropy_batch"] - row["beta"] * other["nats"]
                 for row in own for other in own) for own in seeds]
     return table + [claim("converged: no β is beaten by another's final state by over 0.03 nats",
@@ -255,7 +255,7 @@ def beta_claims(rows, scale):
 
 
 def means(rows, keys, columns):
-    """A table by these keys. columns: {title: (field, form)}."""
+    """A table. columns: {title: (field, form)}."""
     return [{**{key: f"{value:.4g}" for key, value in zip(keys, values)}, "seeds": len(group)}
             | {title: fmt([row[field] for row in group], form)
                for title, (field, form) in columns.items()}
@@ -296,20 +296,20 @@ def plot(ok, args):
 
 
 def make_cells(scale):
-    """The cells: (width, beta)."""
+    """The cells: (beta, capped, width)."""
     grid = GRID[scale]
     width = [{"panel": "width", "width": w, "weight_decay": decay} | seed
              for widths, seed in ((grid["widths"], {}), (grid["widest"], {"seed": 0}))
              for w in widths for decay in grid["decays"]]
     net = {"panel": "beta", "width": grid["beta_width"]}
-    return width, [net | {"beta": beta} for beta in grid["betas"]] + [
-        net | {"beta": beta, "max_log_alpha": cap} for beta, cap in grid["capped"]]
+    free = [net | {"beta": beta} for beta in grid["betas"]]
+    return free, [net | {"beta": beta, "max_log_alpha": cap} for beta, cap in grid["capped"]], width
 
 
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
-    width, beta = make_cells(args.scale)
-    rows = run_grid(beta + width, train_cell, args, SETTINGS[args.scale], load_data)
+    s, cells = SETTINGS[args.scale], sum(make_cells(args.scale), [])
+    rows = run_grid(cells, train_cell, args, s, load_data)
     ok = add_derived(rows)
     plot(ok, args)
     error = {"train error, %": ("train_error", "{:.1f}")}

@@ -48,9 +48,25 @@ def test_fig3_judges_each_prediction_by_its_own_errors(monkeypatch, kind):
     rows = [dict(cell, status="ok", seed=0, n=1, information=1.0, objective=1.0, train_acc=1.0,
                  cross_entropy_batch=1.0, test_acc=0.5, test_acc_sampled=0.5, test_acc_average=0.5)
             | {"test_acc" + kind: 0.6 if cell["beta"] == 1 else 0.5}
-            for cell in fig3.make_cells("cpu")[1]]
+            for cell in sum(fig3.make_cells("cpu")[:2], [])]
     table = fig3.claims(fig3.add_derived(rows), "cpu")[:3]
     assert [row["holds"] == "yes" for row in table] == [k == kind for k in fig3.KINDS]
+
+
+def test_fig3_chooses_the_beta_of_a_seed_on_the_other_seeds(monkeypatch):
+    import fig3_width_beta as fig3
+    monkeypatch.setattr(fig3, "GRID", {"demo": dict(widths=(), widest=(), decays=(), beta_width=1,
+                                                    betas=(0.01, 0.1, 0.3, 1.0), capped=())})
+
+    def verdict(*errors):
+        rows = [cell | dict(status="ok", seed=seed, n=1, information=1.0, train_acc=1.0,
+                            test_acc=1 - error / 100)
+                for seed, own in enumerate(errors)
+                for cell, error in zip(fig3.make_cells("demo")[0], own)]
+        return fig3.claims(fig3.add_derived(rows), "demo")[0]["holds"]
+
+    assert verdict((30, 29, 30, 40), (30, 30, 29, 40)) == "NO"  # no beta is best in both
+    assert verdict((30, 29, 30, 40), (30, 29, 30, 40)) == "yes"
 
 
 def test_fig4_claims_can_hold_and_fail(monkeypatch):
@@ -59,19 +75,16 @@ def test_fig4_claims_can_hold_and_fail(monkeypatch):
 
     def verdicts(low={}, high={}):
         rows = [dict(status="ok", seed=0, beta=beta, i_zn_positions=nats, i_zn_nce=nats - 0.1,
-                     i_zy=2.2, curve=[[1, nats, nats]] * 8, total_correlation=nats, tc_share=nats)
+                     i_zy=2.2, total_correlation=nats, tc_share=nats)
                 | changes for beta, nats, changes in ((0.001, 3.0, low), (1.0, 1.0, high),
                                                       (10.0, 0.5, {}))]
         rows.append(rows[1] | {"width": 0.25, "i_zn_positions": 99.0})  # for the table only
         return [row["holds"] for row in fig4.claims(rows, "cpu")]
 
-    def curve(nats):  # at three quarters of the steps
-        return [[1, nats, nats]] * 8
-
-    assert verdicts() == ["yes"] * 6
+    assert verdicts() == ["yes"] * 5
     for position, (row, key, fails, holds) in enumerate((
             ("high", "i_zn_positions", 1.51, 1.49), ("high", "i_zn_nce", 1.01, 0.99),
-            ("low", "curve", curve(2.72), curve(2.73)), ("high", "i_zy", 2.04, 2.06),
+            ("high", "i_zy", 2.04, 2.06),
             ("high", "i_zn_positions", 0.49, 0.51),
             ("high", "tc_share", 3.01, 2.99))):
         assert verdicts(**{row: {key: fails}})[position] == "NO", key
