@@ -978,8 +978,10 @@ MEASURED = {
 @pytest.fixture(scope="module")
 def tiny_runs(tmp_path_factory):
     """{script: (folder, first run, a run that only redraws, rows)}, the scripts two at a time."""
+    folders = {script: tmp_path_factory.mktemp(script) for script in TINY}
+
     def carry_out(script):
-        folder = tmp_path_factory.mktemp("run")
+        folder = folders[script]
         arguments = [f"{script}.py", "--scale", "demo", "--jobs", "1", "--out", str(folder)]
         runs = [Run(*arguments, *more, changes=TINY[script]).wait()
                 for more in ((), ("--plot-only",))]
