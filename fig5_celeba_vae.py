@@ -319,7 +319,7 @@ def plot(ok, args):
         ax.minorticks_off()
         ax.set(xlabel="β", title=title)
         ax.legend()
-        ax.set_ylim(0)
+        ax.set_ylim(0, 1.3 * ax.get_ylim()[1])
     save_figure(fig, args)
     paths = [faces_path(args, beta, ok[0]["seed"]) for beta in betas]
     if all(path.exists() for path in paths):
