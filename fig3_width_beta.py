@@ -290,7 +290,7 @@ def plot(ok, args):
         ax.set(xscale="log", xlabel=label, ylabel="nats" if ax is nll_ax else "test error, %")
         ax.legend()
     width_ax.set(ylabel="error, %")
-    best = min((row["test_error"] for row in free), default=0)
+    best = min((row["test_error"] for row in beta), default=0)
     beta_ax.set(title="zoom", ylim=(best - 1, best + 15))
     save_figure(fig, args)
 
