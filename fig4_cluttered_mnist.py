@@ -272,8 +272,8 @@ def claims(ok, scale):
 
 def plot(ok, args):
     width, seeds = SETTINGS[args.scale]["width"], len({row["seed"] for row in ok})
-    fig, axes = new_figure(2, 3, f"Fig. 4: All-CNN ×{width:g}, {args.dataset}, scale {args.scale}, "
-                           f"{seeds} seeds")
+    fig, axes = new_figure(2, 3, f"Fig. 4: All-CNN ×{width:g}, {args.dataset}, "
+                           f"scale {args.scale}, {seeds} seeds")
     nats_ax, steps_ax, bound_ax, layer_ax, weight_ax, unit_ax = axes.flat
     beta, nuisance, bound = zip(*PAPER)
     nats_ax.plot(beta, nuisance, "D-", color="0.6", ms=4, label="paper, I(z;n)")

@@ -112,9 +112,10 @@ def cross_entropy(z, told, y, z_test, told_test, y_test, penalties):
             logits = rows @ weight + bias
             return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(0)
 
+        strength = torch.where(of_told, penalties[0], penalty)
+
         def objective():
             optimizer.zero_grad()
-            strength = torch.where(of_told, penalties[0], penalty)
             loss = losses(x[:fit_on], y[:fit_on]).sum() + (strength * weight.square()).sum()
             loss.backward()
             return loss
@@ -129,19 +130,22 @@ def cross_entropy(z, told, y, z_test, told_test, y_test, penalties):
 def kept(rows, betas):
     """{(half, role, of): share of the nats at the least beta that is left: (seeds, 1 + losses)}.
 
-    half: "A", "B" or "both", their sum; role: "named" or "not named"; of: "beta", over betas, or
-    "noise", over the levels of noise at the least beta.
+    half: "A", "B" or "both", their sum; role: "named" or "not named"; of: "beta" or, at the least
+    beta, "noise".
     """
     found = {}
     for half in "AB":
         for named in "AB":
-            def nats(rows):
-                states = [row for beta in betas for row in ok_rows(rows, beta=beta, named=named)]
-                noisy = [states[0], *states[0]["under_noise"]]
-                return [[row[f"beyond_{half}"] for row in some] for some in (states, noisy)]
+            def by_beta(rows):
+                return [row for beta in betas for row in ok_rows(rows, beta=beta, named=named)]
+
+            def by_noise(rows):
+                least, *_ = by_beta(rows)
+                return [least, *least["under_noise"]]
             role = "named" if half == named else "not named"
-            for of, place in ("beta", 0), ("noise", 1):
-                found[half, role, of] = per_seed(lambda rows: nats(rows)[place], rows)
+            for of, states in ("beta", by_beta), ("noise", by_noise):
+                found[half, role, of] = per_seed(
+                    lambda rows: [state[f"beyond_{half}"] for state in states(rows)], rows)
     for role in "named", "not named":
         for of in "beta", "noise":
             found["both", role, of] = found["A", role, of] + found["B", role, of]
