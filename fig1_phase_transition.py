@@ -72,7 +72,7 @@ class Shift(nn.Module):
 
 
 def small_alexnet(width=1.0, channels=3):
-    """The paper's Small AlexNet, (n, channels, 28, 28) -> (n, 10). Every parameter has noise."""
+    """The paper's Small AlexNet, (n, channels, 28, 28) -> (n, 10)."""
     conv, fc1, fc2 = int(64 * width), int(384 * width), int(192 * width)
     return nn.Sequential(
         StochasticConv2d(channels, conv, 5, padding=2, bias=False), nn.MaxPool2d(2), nn.ReLU(),
