@@ -260,11 +260,11 @@ def plot(ok, args):
                 if (r := [row["r"] for row in rows if (row["beta"], row["seed"]) in some])]
         steps_ax.plot(*zip(*star), "o-", **style)
     accuracy_ax.set(xlabel="β", ylabel="train accuracy", title="random labels", ylim=(0, 1.02))
-    r_ax.plot([0, 1], [0, 1], "k", lw=1, label="r = β: below it memory does not pay")
+    r_ax.plot([0, 1], [0, 1], "k", lw=1, label="r = β: memory pays above")
     r_ax.set(xlabel="β", ylabel="r, label nats per nat in the weights", xlim=(0, 1.05),
              ylim=(0, 1.05), title="efficiency of the code")
     steps_ax.set(xlabel="training steps", ylabel="largest r", xlim=(0, None), ylim=(0, 1.05),
-                 title="r against training, three β of seed 0")
+                 title="r against training, seed 0")
     for ax in (r_ax, steps_ax):
         ax.axhline(1, color="0.5", ls=":", label="r = 1: an ideal code")
     for labels, colour in (("random", "C3"), ("real", "C0")):
@@ -274,7 +274,7 @@ def plot(ok, args):
     nats_ax.set(xscale="log", xlabel="N", ylabel="I(w;D)/N, nats per sample",
                 title="information, β = 0.1", ylim=(0, None))
     for ax in axes.flat:
-        ax.legend(facecolor="0.9")
+        ax.legend(facecolor="0.9", loc="lower right" if ax is r_ax else "best")
     save_figure(fig, args)
 
 
@@ -284,7 +284,7 @@ def plot_map(ax, rows, key, title):
     cells = sorted({(row["n"], row["beta"]) for row in rows})
     value = [np.mean([row[key] for row in ok_rows(rows, n=n, beta=beta)]) for n, beta in cells]
     x, y = np.log10([[n, beta / n] for n, beta in cells]).reshape(-1, 2).T
-    if len(set(x)) > 1:  # triangulated over (log N, log beta)
+    if len(set(x)) > 1:  # over (log N, log beta)
         triangles = Triangulation(x, x + y).triangles
         ax.tricontourf(Triangulation(x, y, triangles), value, np.linspace(0.12, 0.98, 44),
                        cmap="coolwarm", extend="both")

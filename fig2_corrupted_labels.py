@@ -284,7 +284,7 @@ def plot(ok, args):
     error_ax.axvline(1, ls="--", color="k", lw=1, label="β = 1")
     error_ax.set(xscale="log", xlabel="β", ylabel="train error, %",
                  title=f"random labels, N = {grid['n_models']:,} (paper: 10,000)")
-    r_ax.plot([0, 1], [0, 1], "k", lw=1, label="r = β: below it memory does not pay")
+    r_ax.plot([0, 1], [0, 1], "k", lw=1, label="r = β: memory pays above")
     r_ax.set(xlabel="β", ylabel="r, label nats per nat in the weights", xlim=(0, 1.05),
              ylim=(0, 1.05), title="efficiency of the code")
 
