@@ -40,7 +40,7 @@ SETTINGS = {
                   validation=2000, test=10_000, **ALL),
 }
 BETAS = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
-GRID = {"demo": (0.001, 0.1, 1.0), "cpu": BETAS, "paper": BETAS}  # the first with anchors
+GRID = {"demo": (0.001, 0.1, 1.0), "cpu": BETAS, "paper": BETAS}
 WIDE, LONG = {"width": 1 / 4}, {"decoder_steps": 8000}
 EXTRA = {"demo": [], "paper": [], "cpu": [{"beta": beta, "seed": 0} | twice for beta, twice in (
     (0.01, WIDE), (1.0, WIDE), (0.001, LONG), (10.0, LONG))]}
@@ -116,7 +116,7 @@ def position_information(z, places, s):
 
     batches = minibatches(train, 128, z.device)
     for step, _ in descend(decoder.parameters(), steps, 0.3, lambda _: -bound(next(batches))):
-        if (step + 1) * 8 % steps < 8:  # 8 times
+        if (step + 1) * 8 % steps < 8:
             decoder.eval()
             with torch.no_grad():
                 held_out = torch.arange(train, len(z), device=z.device).split(500)
@@ -297,7 +297,7 @@ def plot(ok, args):
                           (bound_ax, "bound", "ours"), (bound_ax, "capacity", "no +1 per unit"),
                           (unit_ax, "i_xz", "I(x;z)"), (unit_ax, "total_correlation", "TC(z)")):
         plot_points(ax, summarise(ok, "beta", key), label=name)
-    for row in ok_rows(ok, seed=ok[0]["seed"]):
+    for row in sorted(ok_rows(ok, seed=ok[0]["seed"]), key=lambda row: row["beta"]):
         steps_ax.plot(*np.transpose(row["curve"]), "o-", ms=3, label=f"β = {row['beta']:g}")
         for key, style in (("picture", "-"), ("untrained", "--"), ("shuffled", ":")):
             if (nats := row.get(f"i_zn_{key}")) is not None:
