@@ -1221,17 +1221,6 @@ def test_fig4_masks_noise_and_clutter(monkeypatch, tmp_path):
     assert len(set(shown)) == s["steps"] * s["batch"]  # new in every batch
 
 
-def test_fig4_reads_positions_from_the_mask_and_none_from_that_of_another_image():
-    fig4 = importlib.import_module("fig4_cluttered_mnist")
-    torch.manual_seed(0)
-    _, mask, at = add_clutter(torch.zeros(3000, 1, 28, 28), torch.Generator(), positions=True)
-    z, places = F.pixel_unshuffle(mask.float(), 4), 25 * at[..., 0] + at[..., 1]
-    settings = {"decoder_steps": 16, "test": 200}
-    nats, curve = fig4.position_information(z, places, settings)
-    assert 15 < nats < 10 * math.log(625) - math.lgamma(11) and curve[-1] == [16, nats]
-    assert -0.5 < fig4.position_information(z, places.roll(1, 0), settings)[0] < 0.1
-
-
 def test_fig5_parts_do_not_overlap_and_test_faces_are_not_trained_on(monkeypatch, tmp_path):
     fig5, args, _ = demo(monkeypatch, "fig5_celeba_vae", tmp_path)
     images, *_, parts = fig5.load_data(args)
