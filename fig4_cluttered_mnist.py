@@ -211,8 +211,7 @@ def layer_bounds(features):
     for number, layer in enumerate((m for m in features if isinstance(m, nn.Conv2d)), 1):
         side //= layer.stride[0]
         if isinstance(layer, StochasticConv2d):
-            square = layer.weight.flatten(1)**2
-            noise = (layer.log_alpha.flatten(1).exp() * square).sum(1) / square.sum(1)
+            noise = layer.log_sigma2.exp().flatten(1).sum(1) / (layer.weight**2).flatten(1).sum(1)
             units = layer.out_channels * side**2
             bound = layer_information_bound(units, torch.log1p(noise)).item()
             bounds[f"conv{number}"] = {
@@ -229,8 +228,9 @@ def disentanglement(layer, inputs):
     """
     inputs, units = (rearrange(t, "n c h w -> (n h w) c") for t in (inputs, predict(layer, inputs)))
     alive = inputs.any(1)
-    alpha = torch.log1p(layer.log_alpha.flatten(1).exp())
-    both = layer_information(layer.weight.flatten(1), alpha, inputs[alive]).item()
+    weight = layer.weight.flatten(1).double() + 1e-30  # those of a pruned unit can be 0
+    alpha = torch.log1p(layer.log_sigma2.flatten(1).exp() / weight**2)
+    both = layer_information(weight, alpha, inputs[alive].double()).item()
     correlation = total_correlation(units[alive]).item()
     return {"total_correlation": correlation, "i_xz": both - correlation,
             "tc_share": correlation / both}
