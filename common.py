@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from concurrent import futures
 from pathlib import Path
 
@@ -350,6 +351,28 @@ def weight_information(model):
     if not layers:
         raise ValueError(f"{type(model).__name__} has no stochastic layer: see to_stochastic")
     return sum(layer.information() for layer in layers.values())
+
+
+class _WithInformation(nn.Module):
+    def __init__(self, model, information):
+        super().__init__()
+        self.model, self.information = model, information
+
+    def forward(self, x):
+        return self.model(x), self.information(self.model)
+
+
+def with_information(model, x, information=weight_information):
+    """A function for training: batch -> (model(batch), information(model)). Batches are like x.
+
+    On a GPU a CUDA graph, as it takes longer to launch the kernels of small layers and batches than
+    to run them: Small AlexNet, batch 100, H200: 1.6 instead of 7.4 ms a step.
+    """
+    both = _WithInformation(model, information)
+    if x.device.type != "cuda":
+        return both
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # of the warm-up
+    return torch.cuda.make_graphed_callables(both, (x.clone(),))  # batches are written into it
 
 
 def ib_loss(logits, target, model, beta, n):

@@ -13,9 +13,9 @@ below log 10, that of a net that knows nothing, exactly while
 so beta* = max r is where memory ceases to pay. No code is shorter than random labels: r <= 1, and
 beta* -> 1 means that training finds an ideal code. Every parameter has noise and is counted.
 
-Protocol, chosen by the objective at N = 1,000, beta = 0.4 on other seeds: Adam; learning rates held
-to 60% of the steps, then a cosine to 0; beta as in beta_at. Training cross-entropy and accuracy:
-sampled weights, batch statistics, as in training.
+Protocol, chosen by the objective at N = 1,000, beta = 0.4 on other seeds: Adam; rates held for 60%
+of the steps; beta as in beta_at. Training cross-entropy and accuracy: sampled weights, batch
+statistics, as in training.
 """
 import math
 
@@ -30,9 +30,9 @@ from common import (StochasticConv2d, StochasticLinear, beta_at, claim, complete
                     corrupt_labels, crossing, draw_subset, evaluate, evaluate_as_trained, fmt,
                     group_by, load_images, lr_factor, minibatches, new_figure, normalise, ok_rows,
                     param_groups, parse_args, per_seed, plot_points, run_grid, save_figure,
-                    save_tables, summarise, weight_information)
+                    save_tables, summarise, weight_information, with_information)
 
-# What a cell is trained and measured with, stored in its row. It takes steps * max(1, N/300)^0.4.
+# What a cell is trained with, stored in its row. It takes steps * max(1, N/300)^0.4.
 SHARED = dict(lr_noise=0.16, hold=0.6, peak=0.5)
 SETTINGS = {
     "demo": dict(width=1 / 8, steps=3000, batch=50, lr=0.012, test=1000, **SHARED),
@@ -92,7 +92,7 @@ def load_data(args):
 
 
 def train_cell(cell, device, args, progress, information=weight_information, **changed):
-    """Train one net and measure it. information: the penalty, in nats."""
+    """Train and measure one net. information: the penalty, nats."""
     s, n, beta = SETTINGS[args.scale] | changed, cell["n"], cell["beta"]
     torch.manual_seed(cell["seed"])
     generator = torch.Generator().manual_seed(cell["seed"])
@@ -110,10 +110,12 @@ def train_cell(cell, device, args, progress, information=weight_information, **c
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step / steps, s["hold"]))
     batches = minibatches(n, s["batch"], device)
+    forward = with_information(model, x[:s["batch"]], information)
     for step in range(steps):
         index = next(batches)
+        logits, nats = forward(x[index])
         penalty = beta_at(step / steps, beta, s["peak"]) / n
-        loss = F.cross_entropy(model(x[index]), y[index]) + penalty * information(model)
+        loss = F.cross_entropy(logits, y[index]) + penalty * nats
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -253,8 +255,8 @@ def plot(ok, args):
         accuracy_ax.plot(PAPER_CROSSING.get(n, math.nan), 0.55, "D", mfc="0.8", mec=colour, ms=8,
                          label="paper's 55%" if n == sizes[-1] else None)
         memorised = [row for row in ok_rows(ok, labels="random", n=n) if row["r"] > 0]
-        plot_points(r_ax, summarise([row for row in ok_rows(random, n=n) if row["r"] > 0],
-                                    "beta", "r"), **style)
+        once = [row for row in memorised if row in random]
+        plot_points(r_ax, summarise(once, "beta", "r"), **style)
         some = {(row["beta"], row["seed"]) for row in ok_rows(ok, n=n) if "budget" in row}
         star = [(steps, max(r)) for (steps,), rows in group_by(memorised, "steps").items()
                 if (r := [row["r"] for row in rows if (row["beta"], row["seed"]) in some])]
@@ -284,7 +286,7 @@ def plot_map(ax, rows, key, title):
     cells = sorted({(row["n"], row["beta"]) for row in rows})
     value = [np.mean([row[key] for row in ok_rows(rows, n=n, beta=beta)]) for n, beta in cells]
     x, y = np.log10([[n, beta / n] for n, beta in cells]).reshape(-1, 2).T
-    if len(set(x)) > 1:  # over (log N, log beta)
+    if len(set(x)) > 1:
         triangles = Triangulation(x, x + y).triangles
         ax.tricontourf(Triangulation(x, y, triangles), value, np.linspace(0.12, 0.98, 44),
                        cmap="coolwarm", extend="both")

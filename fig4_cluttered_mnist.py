@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from common import (StochasticConv2d, accuracy, add_clutter, bn_recalibrated, claim,
-                    complete_seeds, density_ratio_information, draw_subset, fmt, ib_loss,
+                    complete_seeds, density_ratio_information, draw_subset, fmt,
                     label_information, layer_information, layer_information_bound, load_images,
                     lr_factor, minibatches, new_figure, ok_rows, param_groups, parse_args,
                     plot_points, predict, run_grid, save_figure, save_tables, summarise,
-                    total_correlation, weight_information)
+                    total_correlation, weight_information, with_information)
 
 # n digits train the classifier, `passes` times as many what reads its z.
 RATES = dict(lr=0.003, lr_noise=0.05)
@@ -99,7 +99,6 @@ def position_information(z, places, s):
     """Barber and Agakov's lower bound on I(z;n), nats, and [[step, bound], ...].
 
     z: (n, channels, 7, 7). places: (n, squares), from 0 to 624. The last s["test"] are held out.
-    Step 0: all places named alike.
     """
     steps, train = s["decoder_steps"], len(z) - s["test"]
     layers, inputs, curve = [], 2 * z.shape[1], [[0, 0.0]]
@@ -126,7 +125,7 @@ def position_information(z, places, s):
 
 
 def train_cell(cell, device, args, progress):
-    """Train a classifier, and measure what its representation holds."""
+    """Train a classifier and measure what its z holds."""
     s, beta = SETTINGS[args.scale] | cell, cell["beta"]
     torch.manual_seed(cell["seed"])
     generator = torch.Generator().manual_seed(cell["seed"])
@@ -144,11 +143,12 @@ def train_cell(cell, device, args, progress):
 
     model, steps = all_cnn(s["width"]).to(device), s["steps"]
     batches = minibatches(s["n"], s["batch"], device)
+    forward = with_information(model, torch.zeros(s["batch"], 1, 28, 28, device=device))
 
     def loss(step):
         index, warm_up = next(batches), min(1, step / steps / 0.4)
-        images, *_ = draw(x[index])
-        return ib_loss(model(images), y[index], model, beta * warm_up, s["n"])[0]
+        logits, nats = forward(draw(x[index])[0])
+        return F.cross_entropy(logits, y[index]) + beta * warm_up / s["n"] * nats
 
     for step, value in descend(param_groups(model, s["lr"], s["lr_noise"]), steps, 0.8, loss):
         if step % 100 == 0 or step == steps - 1:
@@ -162,7 +162,7 @@ def codes(model, draw, x, x_test, passes):
     """z ~ p(z|x), masks and places: training digits under new clutter `passes` times, then test."""
     for layer in model.modules():
         if isinstance(layer, StochasticConv2d):
-            layer.local = True  # noise for every example and position, as in Cor. 5.3
+            layer.local = True  # noise for every position, as in Cor. 5.3
     with bn_recalibrated(model, [draw(part)[0] for part in x[:2000].split(100)], draw=True):
         parts = [(predict(model[0], images), *rest) for images, *rest in map(
             draw, torch.cat([x] * passes + [x_test]).split(1000))]
@@ -170,7 +170,6 @@ def codes(model, draw, x, x_test, passes):
 
 
 def measure(model, draw, x, x_test, y_test, s):
-    """What a row holds."""
     features, head = model
     images, images_test = [draw(part)[0] for part in x[:2000].split(100)], draw(x_test)[0]
     with bn_recalibrated(model, images, draw=False):
@@ -192,7 +191,7 @@ def measure(model, draw, x, x_test, y_test, s):
 
 
 def anchors(draw, x, x_test, s):
-    """What the decoder reads from an untrained net's z, from another image's, from x itself."""
+    """The decoder's nats from an untrained net's z, from another image's, from x."""
     z, _, places = codes(all_cnn(s["width"]).to(x.device), draw, x, x_test, s["passes"])
     images, _, squares = map(torch.cat, zip(*map(draw, torch.cat([x, x_test]).split(1000))))
     return {"i_zn_untrained": position_information(z, places, s)[0],
@@ -204,8 +203,8 @@ def anchors(draw, x, x_test, s):
 def layer_bounds(features):
     """{layer: the bound of Cor. 5.3 on I(z;x), and the information per weight, nats}.
 
-    A unit whose weights have noise of variance a is a channel of capacity log(1 + 1/a)/2, if its
-    inputs are uncorrelated, and Cor. 5.3 allows 1 nat more. Each unit has its own a.
+    A unit whose weights have noise of variance a is a channel of capacity log(1 + 1/a)/2 if its
+    inputs are uncorrelated, and Cor. 5.3 allows 1 nat more.
     """
     bounds, side = {}, 28
     for number, layer in enumerate((m for m in features if isinstance(m, nn.Conv2d)), 1):
@@ -228,7 +227,7 @@ def disentanglement(layer, inputs):
     """
     inputs, units = (rearrange(t, "n c h w -> (n h w) c") for t in (inputs, predict(layer, inputs)))
     alive = inputs.any(1)
-    weight = layer.weight.flatten(1).double() + 1e-30  # those of a pruned unit can be 0
+    weight = layer.weight.flatten(1).double() + 1e-30  # 0 in pruned units
     alpha = torch.log1p(layer.log_sigma2.flatten(1).exp() / weight**2)
     both = layer_information(weight, alpha, inputs[alive].double()).item()
     correlation = total_correlation(units[alive]).item()
@@ -257,7 +256,7 @@ def claims(ok, scale):
     one = betas.index(1)
     nuisance, label, nce = map(values, ("i_zn_positions", "i_zy", "i_zn_nce"))
 
-    def change(key):  # of I(z;n)
+    def change(key):
         return {f"β={row['beta']:g}": row["i_zn_positions"] / nuisance[betas.index(row["beta"]), 0]
                 - 1 for row in ok if key in row}
 
@@ -266,7 +265,7 @@ def claims(ok, scale):
         and nuisance[one].mean() < 0.5 * nuisance[0].mean())
     if scale == "demo":
         return table
-    add("it exceeds InfoNCE at every β (shown: by how much)", "–", nuisance - nce,
+    add("it exceeds InfoNCE at every β (by how much)", "–", nuisance - nce,
         (nuisance - nce).mean(1).min() > 0)
     longer, wider = change("decoder_steps"), change("width")
     if len(longer) == len(wider) == 2 and not rows[0]["seed"]:
@@ -277,8 +276,8 @@ def claims(ok, scale):
     add("I(z;y) stays within 0.15 nats of 2.2 up to β = 1", "2.21 nats", label,
         abs(label[:one + 1] - 2.2).max() < 0.15)
     kept = [nuisance[-1] / nuisance[one], label[-1] / label[one]]
-    add("beyond β = 1, I(z;n) loses a larger share than I(z;y) (shown: what is kept)", "–", kept,
-        kept[0].max() < kept[1].min(), "{:.0%}", ("I(z;n)", "I(z;y)"))
+    add("beyond β = 1, I(z;n) loses a larger share than I(z;y)", "–", kept,
+        kept[0].max() < kept[1].min(), "{:.0%}", ("kept of I(z;n)", "of I(z;y)"))
     add("TC(z), as a share of I(x;z) + TC(z), falls with every step of β", "not shown",
         share := values("tc_share"), np.diff(share.mean(1)).max() < 0)
     return table

@@ -3,7 +3,7 @@
     python fig5_celeba_vae.py --scale demo     # synthetic faces, 1 minute on 2 cores
     python fig5_celeba_vae.py --scale cpu      # CelebA, 20 minutes per seed on 2 cores
     python fig5_celeba_vae.py --scale cpu --dataset synthetic --out results/synthetic
-    python fig5_celeba_vae.py --gpu 0          # all of CelebA (not yet run on a GPU)
+    python fig5_celeba_vae.py --gpu 0          # all of CelebA
 
 A classifier of a face's attributes is trained with L = cross-entropy + beta/N * I(w;D); its last
 map z is drawn from p(z|x), with noise. The paper, in pictures of a GAN: at small beta the decoded

@@ -131,6 +131,17 @@ def test_fig4_bounds_a_layer_by_the_capacity_of_its_gaussian_units():
     assert "conv1" not in bounds
 
 
+def test_fig4_counts_no_pruned_unit():
+    pair, x = StochasticConv2d(8, 2, 1), torch.randn(99, 8, 2, 2).sign()
+    with torch.no_grad():
+        pair.weight[1] = 0
+    single = StochasticConv2d(8, 1, 1)
+    single.load_state_dict({key: value[:1] for key, value in pair.state_dict().items()})
+    for measure in (lambda layer: fig4.disentanglement(layer.eval(), x)["i_xz"],
+                    lambda layer: fig4.layer_bounds([layer])["conv1"]["capacity"]):
+        assert measure(pair) == pytest.approx(measure(single))
+
+
 # === Eq. 7: PAC-Bayes =============================================================================
 
 def test_pac_bayes_bound_holds_over_every_training_set_of_a_toy_world():
