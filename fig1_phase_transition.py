@@ -1,16 +1,16 @@
-"""Fig. 1: random labels are memorised while beta is below a threshold near 1, and not above it.
+"""Fig. 1: random labels are memorised while beta is below a threshold, and not above it.
 
     python fig1_phase_transition.py --scale demo     # synthetic images, 1.5 minutes on 2 cores
     python fig1_phase_transition.py --scale cpu      # CIFAR-10, 1/4 width, 6 hours on 2 cores
     python fig1_phase_transition.py --gpu 0          # CIFAR-10, the paper's width, N to 50,000
 
 A Small AlexNet is trained on N images with L = cross-entropy + beta/N * I(w;D). A net that
-memorises random labels ends with some cross-entropy CE and some information I. Its objective is
+memorises random labels ends with cross-entropy CE and information I. Its objective is
 below log 10, that of a net that knows nothing, exactly while
 
     beta < r,   r = (log 10 - CE) * N / I,   label nats memorised per nat in the weights,
 
-so beta* = max r is where memory ceases to pay. No code is shorter than random labels: r <= 1, and
+so beta* = max r is where memory ceases to pay. If I is the length of a code, r <= 1, and
 beta* -> 1 means that training finds an ideal code. Every parameter has noise and is counted.
 
 Protocol, chosen by the objective at N = 1,000, beta = 0.4 on other seeds: Adam; rates held for 60%

@@ -1,4 +1,4 @@
-"""Fig. 2: random labels are memorised while beta < 1 by every architecture, at a cost in nats.
+"""Fig. 2: every architecture memorises random labels at small beta, at a cost in nats.
 
     python fig2_corrupted_labels.py --scale demo     # synthetic images, 2 minutes on 2 cores
     python fig2_corrupted_labels.py --scale cpu      # CIFAR-10, small networks, 5 hours on 2 cores

@@ -1,4 +1,4 @@
-"""Fig. 3: more weights do not overfit, more information does: a U against beta, not width.
+"""Fig. 3: test error against the number of weights and, in the paper a U, against beta.
 
     python fig3_width_beta.py --scale demo     # synthetic images, 2 minutes on 2 cores
     python fig3_width_beta.py --scale cpu      # 5,000 images of CIFAR-10, 4 hours on 2 cores
@@ -7,7 +7,7 @@
 An All-CNN is trained on real labels without augmentation. Panel "width": plain weights. Panel
 "beta": one width, no weight decay, L = cross-entropy + beta/N * I(w;D). In the paper test error
 falls with width, then hardly rises; against beta it is a U (9.16% at 0.001, 8.06% at 0.03, 9.64% at
-100). Here: 46 to 32% with width; 43.4, 41.8, 90% at beta 0.001, 1, 100, for one sampled net no U.
+100). Here: 46 to 32% with width; 43.4, 41.8, 91% at beta 0.001, 1, 100, for one sampled net no U.
 
 Protocols, chosen by training loss or objective on a seed not in the grid. Width: SGD with Nesterov
 momentum, in bfloat16. Beta: Adam, every parameter with noise, beta raised from 0.

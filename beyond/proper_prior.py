@@ -1,7 +1,7 @@
 """Is r <= 1 a theorem here? With the log-uniform prior a constant is open; with a proper one it is.
 
     python -m beyond.proper_prior --scale demo     # synthetic images, under a minute on 2 cores
-    python -m beyond.proper_prior --scale cpu      # CIFAR-10, half an hour on 2 cores
+    python -m beyond.proper_prior --scale cpu      # CIFAR-10, 10 minutes on 2 cores
 
 Fig. 1 counts label nats per nat in the weights, r, with an improper prior, whose constant is a
 choice. Here the same nets are trained with a proper Gaussian prior around their initialisation, of
