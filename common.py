@@ -123,7 +123,7 @@ class _StochasticWeight:
         super().__init__(*args, **kwargs)
         self._make_stochastic(noise, local, log_alpha, max_log_alpha)
 
-    def _make_stochastic(self, noise, local, log_alpha, max_log_alpha):
+    def _make_stochastic(self, noise="gaussian", local=None, log_alpha=-6.0, max_log_alpha=None):
         if noise not in ("gaussian", "lognormal"):
             raise ValueError(f"noise={noise!r}: choose 'gaussian' or 'lognormal'")
         if max_log_alpha is None and noise == "lognormal":
@@ -221,12 +221,11 @@ class StochasticConv2d(_StochasticWeight, nn.Conv2d):
         return self._apply_noisy(self._conv_forward, x)
 
 
-def to_stochastic(module, *, skip=(), noise="gaussian", local=None, log_alpha=-6.0,
-                  max_log_alpha=None):
+def to_stochastic(module, *, skip=(), **options):
     """Turn every nn.Linear and nn.Conv2d of a model into its stochastic twin, in place; return it.
 
     skip: names, as in named_modules(), of layers or blocks to leave alone; ValueError for an
-    unknown one. The rest as in StochasticLinear. Subclasses of these two stay plain.
+    unknown one. options: those of StochasticLinear. Subclasses of these two stay plain.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     layers = dict(module.named_modules())
@@ -237,7 +236,7 @@ def to_stochastic(module, *, skip=(), noise="gaussian", local=None, log_alpha=-6
     for name, layer in layers.items():
         if type(layer) in twins and not f"{name}.".startswith(spared):
             layer.__class__ = twins[type(layer)]  # the same object, wherever it is held
-            layer._make_stochastic(noise, local, log_alpha, max_log_alpha)
+            layer._make_stochastic(**options)
     return module
 
 
@@ -260,17 +259,15 @@ def bn_recalibrated(model, batches, draw):
 
     draw: sample the weights, for each batch anew, or use the means.
     """
-    running = [(m, m.running_mean.clone(), m.running_var.clone()) for m in model.modules()
-               if getattr(m, "running_mean", None) is not None]
+    running = {name: statistic.clone() for name, statistic in model.state_dict().items()
+               if "running_" in name}
     try:
         with sample_weights(model, draw):
             update_bn(batches, model)
             model.eval()
             yield model
     finally:
-        for m, mean, var in running:
-            m.running_mean.copy_(mean)
-            m.running_var.copy_(var)
+        model.load_state_dict(running, strict=False)
 
 
 def param_groups(model, lr, lr_noise):
@@ -295,6 +292,13 @@ def beta_at(t, beta, peak):
     """
     top = max(beta, peak)
     return top * min(1, t / 0.4) if t < 0.5 else top + (beta - top) * min(1, (t - 0.5) / 0.2)
+
+
+def minibatches(n, batch, device):
+    """Indices of shuffled epochs without end; what is left of an epoch is dropped."""
+    batch = min(n, batch)
+    while True:
+        yield from torch.randperm(n, device=device)[:n - n % batch].split(batch)
 
 
 @torch.no_grad()
@@ -329,13 +333,13 @@ def evaluate(model, x, y, x_test, y_test):
 @torch.no_grad()
 def evaluate_as_trained(model, batch, x, y):
     """Accuracy and nats per sample with batch statistics and a new sample of weights per batch."""
-    n, batch, nats, right = len(x), min(batch, len(x)), [], []
+    batches, nats, right = minibatches(len(x), batch, x.device), [], []
     model.train()
-    for _ in range(max(1, 4000 // n)):
-        for index in torch.randperm(n, device=x.device)[:n - n % batch].split(batch):
-            logits = model(x[index])
-            nats.append(F.cross_entropy(logits, y[index]).item())
-            right.append(accuracy(logits, y[index]))
+    for _ in range(max(1, 4000 // len(x)) * max(1, len(x) // batch)):
+        index = next(batches)
+        logits = model(x[index])
+        nats.append(F.cross_entropy(logits, y[index]).item())
+        right.append(accuracy(logits, y[index]))
     return {"train_acc_batch": float(np.mean(right)), "cross_entropy_batch": float(np.mean(nats))}
 
 
@@ -1084,13 +1088,6 @@ def _git_revision():
     failed, commit = subprocess.getstatusoutput(git + "rev-parse --short HEAD")
     changes = subprocess.getoutput(git + 'status --porcelain -- "*.py"')
     return "unknown" if failed else commit + ("-dirty" if changes else "")
-
-
-def minibatches(n, batch, device):
-    """Indices of shuffled epochs without end; what is left of an epoch is dropped."""
-    batch = min(n, batch)
-    while True:
-        yield from torch.randperm(n, device=device)[:n - n % batch].split(batch)
 
 
 def ok_rows(rows, **where):
