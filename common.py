@@ -1098,8 +1098,7 @@ def ok_rows(rows, **where):
 
 def complete_seeds(rows, cells):
     """The rows of these cells (dicts), of the seeds for which none is missing or diverged."""
-    seeds = sorted({row["seed"] for row in rows})
-    by_seed = [[ok_rows(rows, seed=seed, **cell) for cell in cells] for seed in seeds]
+    by_seed = [[ok_rows(own, **cell) for cell in cells] for own in group_by(rows, "seed").values()]
     return [row for found in by_seed if all(found) for some in found for row in some]
 
 
@@ -1128,9 +1127,8 @@ def crossing(points, level):
 
 
 def per_seed(function, rows):
-    """function(rows of one seed) for each seed: array."""
-    seeds = sorted({row["seed"] for row in rows})
-    return np.array([function(ok_rows(rows, seed=seed)) for seed in seeds])
+    """function(ok rows of one seed) for each seed: array."""
+    return np.array([function(own) for own in group_by(ok_rows(rows), "seed").values()])
 
 
 def fmt(values, form="{:.2f}"):
