@@ -32,8 +32,8 @@ from common import (StochasticConv2d, accuracy, add_clutter, bn_recalibrated, cl
 RATES = dict(lr=0.003, lr_noise=0.05)
 ALL = dict(n=60_000, batch=100, passes=3, **RATES)
 SETTINGS = {
-    "demo": dict(width=1 / 8, n=4000, steps=400, batch=64, passes=4, discriminator_steps=200,
-                 decoder_steps=110, validation=500, test=1000, **RATES),
+    "demo": dict(width=1 / 8, n=4000, steps=400, batch=64, passes=4, discriminator_steps=100,
+                 decoder_steps=140, validation=500, test=1000, **RATES),
     "cpu": dict(width=1 / 8, steps=1800, discriminator_steps=1200, decoder_steps=4000,
                 validation=1000, test=5000, **ALL),
     "paper": dict(width=1, steps=20_000, discriminator_steps=20_000, decoder_steps=20_000,
