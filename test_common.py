@@ -370,6 +370,7 @@ def test_on_a_gpu_with_information_is_a_graph_over_a_copy_of_the_batch(monkeypat
     both, args = with_information(net := to_stochastic(nn.Linear(2, 2)), batch)
     assert args == ("copy",)  # a graph overwrites what it was captured with: the training images
     assert {id(p) for p in both.parameters()} == {id(p) for p in net.parameters()}  # are optimised
+    assert isinstance(with_information(net, batch, lambda net: 0), nn.Module)  # may be no graph
 
 
 # === 3. Information estimators: most are tested in beyond
