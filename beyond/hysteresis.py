@@ -117,10 +117,13 @@ def by_beta(rows):
 def edges(rows):
     """(beta_down, beta_equal, beta_up) of one seed's two branches; nan for what is not there.
 
-    The objectives are compared where one branch has memorised and the other has not.
+    beta_down is 0 if the net at chance learns at no beta measured. The objectives are compared
+    where one branch has memorised and the other has not.
     """
     branches = [ok_rows(by_beta(rows), start=start) for start in STARTS]
     up, down = (crossing(summarise(branch, "beta", "train_acc"), 0.55) for branch in branches)
+    if max(p["train_acc"] for p in branches[1]) < 0.55:
+        down = 0.0
     memorised = {p["beta"]: p["objective"] for p in branches[0] if p["train_acc"] >= 0.55}
     chance = {p["beta"]: p["objective"] for p in branches[1] if p["train_acc"] < 0.55}
     gap = [(beta, chance[beta] - memorised[beta]) for beta in sorted(memorised.keys() & chance)]
@@ -183,7 +186,7 @@ def plot(rows, grid, args):
         accuracy_ax.axvline(1, color="k", ls="--", lw=1)
         accuracy_ax.set(xscale="log", ylabel="train accuracy", title=f"random labels, N = {n:,}")
         objective_ax.set(xscale="log", xlabel="β", ylabel="objective, nats per sample")
-        accuracy_ax.legend()
+        objective_ax.legend()
     save_figure(fig, args)
 
 
