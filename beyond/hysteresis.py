@@ -150,7 +150,7 @@ def claims(rows, grid):
         for steps in grid["steps"]:
             if (n, steps) in found:
                 values = found[n, steps]
-                ours = " < ".join(fmt(column, "{:.2g}") for column in values.T)
+                ours = " < ".join(fmt(column, "{:.3g}") for column in values.T)
                 table.append(claim(
                     f"N = {n:,}, {steps:,} steps per β: β_down < β_equal < β_up < 1.05", "–",
                     ours,
@@ -161,7 +161,7 @@ def claims(rows, grid):
                     for steps in grid["steps"]]
             table.append(claim(
                 f"N = {n:,}: β_down rises with the steps per β", "–",
-                " → ".join(fmt(values, "{:.2g}") for values in down),
+                " → ".join(fmt(values, "{:.3g}") for values in down),
                 (np.diff([values.mean() for values in down]) > 0).all()))
     return table
 
