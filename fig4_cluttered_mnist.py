@@ -41,9 +41,10 @@ SETTINGS = {
 }
 BETAS = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
 GRID = {"demo": (0.001, 0.1, 1.0), "cpu": BETAS, "paper": BETAS}
-TWICE = [(0.01, "width"), (1.0, "width"), (0.001, "decoder_steps"), (10.0, "decoder_steps")]
+MORE = [(0.01, "width", 2), (1.0, "width", 2), (10.0, "decoder_steps", 2),
+        *((0.001, "decoder_steps", factor) for factor in (2, 4, 8))]
 EXTRA = {"demo": [], "paper": [], "cpu": [
-    {"beta": beta, "seed": 0, key: 2 * SETTINGS["cpu"][key]} for beta, key in TWICE]}
+    {"beta": beta, "seed": 0, key: factor * SETTINGS["cpu"][key]} for beta, key, factor in MORE]}
 MAIN = dict(width=None, decoder_steps=None)
 SEEDS = {"demo": [0], "cpu": [0, 1], "paper": [0, 1, 2]}
 DATASETS = {"demo": ["synthetic"], "cpu": ["mnist", "synthetic"], "paper": ["mnist", "synthetic"]}
