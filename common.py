@@ -1163,7 +1163,7 @@ def save_figure(fig, args):
     """Write <out>/<figure>-<scale>.png and .pdf."""
     path = args.out / f"{args.figure}-{args.scale}"
     for ending in (".png", ".pdf"):
-        fig.savefig(f"{path}{ending}", dpi=150)
+        fig.savefig(f"{path}{ending}", dpi=150, metadata={"CreationDate": None})
         fig.set_layout_engine("none")  # keep the layout: finding it is half of the time
     print(f"plot: {path}.png and .pdf", flush=True)
 
