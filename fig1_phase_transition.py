@@ -47,9 +47,10 @@ GRID = {
     "demo": dict(sizes=(100,), random=(0.1, 0.3, 0.5, 0.8, 1.3), real=(), extra=[]),
     "cpu": dict(sizes=SIZES, random=BETAS, real=REAL_BETAS, extra=[
         {"labels": "random", "n": n, "beta": beta, "budget": budget, "seed": 0}
-        for n in SIZES for budget in (0.25, 0.5, 2) for beta in (0.5, 0.7, 0.8)] + [
-        {"labels": "random", "n": 10_000, "beta": beta, "budget": 2, "seed": 0}
-        for beta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)]),
+        for sizes, budgets, betas in (
+            (SIZES, (0.25, 0.5, 2), (0.5, 0.7, 0.8)), (SIZES, (2,), (0.9,)),
+            (SIZES, (4,), (0.8, 0.9)), ((10_000,), (2,), (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)))
+        for n in sizes for budget in budgets for beta in betas]),
     "paper": dict(sizes=(*SIZES, 10_000, 30_000, 50_000), random=BETAS, real=REAL_BETAS, extra=[]),
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
@@ -231,12 +232,12 @@ def measured(ok):
 
 
 def plot(ok, args):
-    width, seeds = SETTINGS[args.scale]["width"], {row["seed"] for row in ok}
+    seeds = {row["seed"] for row in ok}
     main = [row for row in ok if "budget" not in row or row["n"] == 10_000]
     sizes = sorted({row["n"] for row in ok})
     random = ok_rows(main, labels="random")
-    fig, axes = new_figure(2, 4, f"Fig. 1: Small AlexNet ×{width:g}, {args.dataset}, scale "
-                           f"{args.scale}, up to {len(seeds)} seeds")
+    fig, axes = new_figure(2, 4, f"Fig. 1: Small AlexNet, {args.dataset}, scale {args.scale}, "
+                           f"up to {len(seeds)} seeds")
     panels = [(part, labels) for part in ("train", "test") for labels in ("random", "real")]
     for ax, (part, labels) in zip(axes[0], panels):
         key = "train_acc_batch" if part == "train" else "test_acc"
@@ -263,7 +264,7 @@ def plot(ok, args):
         steps_ax.plot(*zip(*star), "o-", **style)
     accuracy_ax.set(xlabel="β", ylabel="train accuracy", title="random labels", ylim=(0, 1.02))
     r_ax.plot([0, 1], [0, 1], "k", lw=1, label="r = β: memory pays above")
-    r_ax.set(xlabel="β", ylabel="r, label nats per nat in the weights", xlim=(0, 1.05),
+    r_ax.set(xlabel="β", ylabel="r, label nats per weight nat", xlim=(0, 1.05),
              ylim=(0, 1.05), title="efficiency of the code")
     steps_ax.set(xlabel="training steps", ylabel="largest r", xlim=(0, None), ylim=(0, 1.05),
                  title="r against training, seed 0")
