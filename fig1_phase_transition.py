@@ -199,11 +199,11 @@ def claims(random, real, ok, grid):
                 "1 (theory)", star, lambda v: 0.7 <= v <= 1)
             add(f"random labels: memory pays at every β < 1 measured (Sec. 7.1): β* > {below:g}",
                 "yes", star, lambda v: v > below)
-            add("random labels, β = 0.1: information ~ N (exponent 0.9 to 1.1)", "linear",
+            add("random labels, β = 0.1, all N: information ~ N (exponent 0.9 to 1.1)", "linear",
                 growth(random, sizes[0], sizes[-1]), lambda v: 0.9 <= v <= 1.1)
     if real and len(sizes) > 1:
-        add("real labels, β = 0.1: information saturates (exponent below 0.5)", "saturates",
-            growth(real, *sizes[-2:]), lambda v: v < 0.5)
+        add("real labels, β = 0.1, last two N: information saturates (exponent below 0.5)",
+            "saturates", growth(real, *sizes[-2:]), lambda v: v < 0.5)
         best = {n: max(summarise(real, "beta", "test_acc", n=n), key=lambda p: p[1])[0]
                 for n in sizes}
         add("real labels: test accuracy is best at a β from 0.5 to 2", "near 1", best,

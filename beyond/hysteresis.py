@@ -1,7 +1,7 @@
 """Hysteresis: memorising and chance coexist over a range of beta, and a net stays where it is.
 
     python -m beyond.hysteresis --scale demo     # synthetic images, half a minute on 2 cores
-    python -m beyond.hysteresis --scale cpu      # CIFAR-10, 1/4 width, about 30 minutes on 2 cores
+    python -m beyond.hysteresis --scale cpu      # CIFAR-10, 1/4 width, about 40 minutes on 2 cores
 
 Fig. 1 trains every net from the start. Here nets on random labels begin in one of two states:
   start = "memorised": memorise at the smallest beta; then raise beta in steps;
@@ -156,13 +156,16 @@ def claims(rows, grid):
                     ours,
                     (np.diff(values) > 0).all() and values[:, 2].max() < 1.05))
         both = complete_seeds(rows, make_cells(grid, n=n))
-        if both:
-            down = [per_seed(lambda rows: edges(rows)[0], ok_rows(both, steps=steps))
-                    for steps in grid["steps"]]
+        down = [per_seed(lambda rows: edges(rows)[0], ok_rows(both, steps=steps))
+                for steps in grid["steps"]]
+        if np.any(down):  # else it lies below the betas measured
+            rise = np.diff(down, axis=0)
+            spread = rise.std(1, ddof=1) if rise.shape[1] > 1 else 0
             table.append(claim(
-                f"N = {n:,}: β_down rises with the steps per β, in every seed", "–",
-                " → ".join(fmt(values, "{:.3g}") for values in down),
-                (np.diff(down, axis=0) > 0).all()))
+                f"N = {n:,}: β_down rises with the steps per β, by more than its spread", "–",
+                " → ".join(fmt(values, "{:.2g}") for values in down)
+                + ", rise " + ", ".join(fmt(values, "{:.2g}") for values in rise),
+                (rise.mean(1) > spread).all()))
     return table
 
 

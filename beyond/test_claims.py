@@ -29,15 +29,14 @@ def test_fig3_claims_can_hold_and_fail(monkeypatch):
         table = fig3_verdicts(monkeypatch, falling | widths, u | betas, **more)
         return [row["holds"] for row in table]
 
-    assert fig3_verdicts(monkeypatch, falling, u)[4]["ours"] == "33.0%, best 30.0%"  # one seed
-    assert verdicts(capped=32.9) == ["yes"] * 6  # the plateau is not decided
-    for widest, plateau in ((19.51, "yes"), (21.49, "yes"), (21.51, "NO")):
+    assert fig3_verdicts(monkeypatch, falling, u)[5]["ours"] == "33.0%, best 30.0%"  # one seed
+    for widest, plateau in ((19.49, "NO"), (19.51, "yes"), (21.49, "yes"), (21.51, "NO")):
         assert verdicts({2: widest}, capped=32.9) == [plateau] + ["yes"] * 6
-    assert verdicts({1: 29.51}, capped=32.9)[0] == "NO"
+    assert verdicts({1: 29.51}, capped=32.9)[1] == "NO"
     for betas in ({0.01: 30.49}, {1.0: 30.49}, {0.1: 30.52}):
-        assert verdicts(betas=betas)[1:4] == ["NO"] * 3
-    assert verdicts(capped=33.1)[4] == "NO"
-    assert verdicts(gap=0.029)[5] == "yes" and verdicts(gap=0.031)[5] == "NO"
+        assert verdicts(betas=betas)[2:5] == ["NO"] * 3
+    assert verdicts(capped=33.1)[5] == "NO"
+    assert verdicts(gap=0.029)[6] == "yes" and verdicts(gap=0.031)[6] == "NO"
 
 
 @pytest.mark.parametrize("kind", ["", "_sampled", "_average"])
