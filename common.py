@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import einsum
 from torch.autograd.function import once_differentiable
 from torch.optim.swa_utils import update_bn
 
@@ -130,7 +129,7 @@ class _StochasticWeight:
             max_log_alpha = 1.0
         self.noise, self.max_log_alpha = noise, max_log_alpha
         self.local = isinstance(self, nn.Linear) if local is None else local
-        self.log_sigma2 = nn.Parameter(torch.empty_like(self.weight, requires_grad=False))
+        self.log_sigma2 = nn.Parameter(torch.empty_like(self.weight))
         self.log_alpha = log_alpha
 
     @property
@@ -201,10 +200,11 @@ class _StochasticWeight:
 class StochasticLinear(_StochasticWeight, nn.Linear):
     """nn.Linear with multiplicative noise on its weights, one learned alpha each (Sec. 4).
 
-    noise="gaussian" or "lognormal". local=True, the default here: sample the pre-activations of
-    every example (Kingma et al. 2015; of log-normal noise mean and variance are matched); False:
-    one weight per forward. log_alpha=-6: initial value; max_log_alpha: its cap (None: 1 if
-    log-normal, else no cap). train() draws noise, eval() uses the means. ValueError: unknown noise.
+    noise="gaussian" or "lognormal". local=True, the default here: local reparameterisation (Kingma
+    et al. 2015), pre-activations independent for every example and token (log-normal: mean and
+    variance are matched); False: one weight per forward. log_alpha=-6: initial value;
+    max_log_alpha: its cap (None: 1 if log-normal, else no cap). train() draws noise, eval() uses
+    the means. ValueError: unknown noise.
     """
 
     def forward(self, x):
@@ -225,18 +225,20 @@ def to_stochastic(module, *, skip=(), **options):
     """Turn every nn.Linear and nn.Conv2d of a model into its stochastic twin, in place; return it.
 
     skip: names, as in named_modules(), of layers or blocks to leave alone; ValueError for an
-    unknown one. options: those of StochasticLinear. Subclasses of these two stay plain.
+    unknown one. options: those of StochasticLinear. Subclasses of these two stay plain. Tied
+    weights share their noise; an nn.Embedding tied to one reads it without: skip that layer.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    layers = dict(module.named_modules())
+    layers = dict(module.named_modules(remove_duplicate=False))
     if unknown := set(skip) - set(layers):
         raise ValueError(f"skip names {unknown}, which the model does not have")
-    spared = tuple(f"{name}." for name in skip)
-    twins = {nn.Linear: StochasticLinear, nn.Conv2d: StochasticConv2d}
-    for name, layer in layers.items():
-        if type(layer) in twins and not f"{name}.".startswith(spared):
+    spared = {m for name in skip for m in layers[name].modules()}
+    twins, noise = {nn.Linear: StochasticLinear, nn.Conv2d: StochasticConv2d}, {}
+    for layer in layers.values():
+        if type(layer) in twins and layer not in spared:
             layer.__class__ = twins[type(layer)]  # the same object, wherever it is held
             layer._make_stochastic(**options)
+            layer.log_sigma2 = noise.setdefault(layer.weight, layer.log_sigma2)
     return module
 
 
@@ -259,20 +261,26 @@ def bn_recalibrated(model, batches, draw):
 
     draw: sample the weights, for each batch anew, or use the means.
     """
+    modes = [(m, m.training) for m in model.modules()]
     running = {name: statistic.clone() for name, statistic in model.state_dict().items()
-               if "running_" in name}
+               if "running_" in name or "num_batches_tracked" in name}
     try:
         with sample_weights(model, draw):
             update_bn(batches, model)
             model.eval()
             yield model
     finally:
+        for m, training in modes:
+            m.training = training
         model.load_state_dict(running, strict=False)
 
 
 def param_groups(model, lr, lr_noise):
-    """Two parameter groups for an optimiser: names ending in sigma2 at lr_noise, the rest at lr."""
-    groups = [{"params": [], "lr": lr}, {"params": [], "lr": lr_noise}]
+    """Two parameter groups for an optimiser: names ending in sigma2 at lr_noise, the rest at lr.
+
+    The first without weight decay, which would pull sigma to 1.
+    """
+    groups = [{"params": [], "lr": lr}, {"params": [], "lr": lr_noise, "weight_decay": 0.0}]
     for name, parameter in model.named_parameters():
         groups[name.endswith("sigma2")]["params"].append(parameter)
     return groups
@@ -282,7 +290,7 @@ def lr_factor(t, hold=0.8):
     """Learning-rate factor at fraction t of the steps: 10% warm-up, 1 until hold, then a cosine."""
     if t < hold:
         return min(1, t / 0.1 + 0.001)
-    return 0.5 + 0.5 * math.cos(math.pi * (t - hold) / round(1 - hold, 9))  # 0.2, not 0.19999…
+    return 0.5 + 0.5 * math.cos(math.pi * (t - hold) / (round(1 - hold, 9) or 1))
 
 
 def beta_at(t, beta, peak):
@@ -350,8 +358,9 @@ def weight_information(model):
 
     Tied weights count once. ValueError if there is no stochastic layer.
     """
-    layers = {id(m.weight): m for m in model.modules()
-              if isinstance(getattr(m, "log_sigma2", None), nn.Parameter)}
+    layers = [(m.weight, m) for m in model.modules()
+              if hasattr(m, "log_sigma2") and hasattr(m, "information")]
+    layers = {id(weight): m for weight, m in layers}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no stochastic layer: see to_stochastic")
     return sum(layer.information() for layer in layers.values())
@@ -371,7 +380,8 @@ def with_information(model, x, information=weight_information):
 
     On a GPU a CUDA graph, as launching the kernels of small layers and batches takes longer than
     running them: Small AlexNet, batch 100, H200: 1.6 instead of 7.4 ms a step. It keeps training
-    mode; batches have the shape, type and layout of x; the next call overwrites what it returned.
+    mode; batches have the shape, type and layout of x; the next call overwrites what it returned,
+    and the gradients, so they cannot be accumulated over batches.
     No graph with another `information`, which may do what a graph cannot.
     """
     both = _WithInformation(model, information)
@@ -385,8 +395,8 @@ def ib_loss(logits, target, model, beta, n):
     """Information Lagrangian per sample (eq. 3): cross-entropy + beta/n * I(w;D), nats.
 
     logits: (batch, classes). target: classes (batch,), or 0/1 attributes like logits, whose nats
-    are summed. n: number of training samples. Returns (loss, cross_entropy, information), 0-d.
-    ValueError if beta < 0, n < 1 or the model has no stochastic layer.
+    are summed; not probabilities of classes. n: number of training samples. Returns (loss,
+    cross_entropy, information), 0-d. ValueError if beta < 0 or n < 1, or without stochastic layers.
     """
     if not (beta >= 0 and n >= 1):
         raise ValueError(f"beta={beta} must be >= 0 and n={n}, the number of samples, >= 1")
@@ -718,7 +728,7 @@ def add_clutter(images, generator, squares=10, size=4, positions=False):
         starts.append(start.to(images.device))
         offset = torch.arange(length, device=images.device) - starts[-1]
         strips.append(((offset >= 0) & (offset < size)).float())
-    mask = einsum(*strips, "n s h, n s w -> n h w").gt(0).unsqueeze(1)
+    mask = torch.einsum("nsh,nsw->nhw", *strips).gt(0).unsqueeze(1)
     images = images.masked_fill(mask, 1 if images.is_floating_point() else 255)
     return (images, mask, torch.cat(starts, 2)) if positions else (images, mask)
 
@@ -922,7 +932,8 @@ def parse_args(doc, datasets, seeds):
     args.seeds = list(dict.fromkeys(args.seeds or seeds[args.scale]))
     args.figure = Path(sys.argv[0]).stem
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if closed, as by >&-
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show β still shows the rest
+    with contextlib.suppress(AttributeError):  # of a notebook's stdout
+        sys.stdout.reconfigure(errors="replace")  # where β cannot be shown, the rest is
     return args
 
 
@@ -945,9 +956,9 @@ def run_grid(cells, train_cell, args, settings, prepare):
     is called before training. Rows, one JSON line each: figure, scale, dataset, status ("ok" or
     "diverged"), device, torch, git, settings, seconds, the cell's keys, what was measured.
     """
+    names = sorted({"seed"}.union(*cells))
     cells = [cell | {"seed": seed} for seed in args.seeds for cell in cells
              if cell.get("seed", seed) == seed]
-    names = sorted({name for cell in cells for name in cell})
     part, parts = args.shard
     cells = cells[part - 1::parts]
     on_cpu = args.device.type == "cpu"
@@ -970,7 +981,7 @@ def run_grid(cells, train_cell, args, settings, prepare):
     if others := sum(row["settings"] != head["settings"] for row in found):
         print(f"{others} rows in {args.out} have other settings: left aside")
     if args.plot_only or not todo:
-        print("redrawing; to train again, add --out elsewhere", flush=True)
+        print("redrawing; to train again, add --out elsewhere" if rows else "no rows", flush=True)
     else:
         try:
             _train(todo, train_cell, args, head, prepare)
@@ -980,6 +991,8 @@ def run_grid(cells, train_cell, args, settings, prepare):
             raise SystemExit(130) from None
         rows = counted(read_rows(args))
     if not ok_rows(rows.values()):
+        if not cells:  # a shard beyond the last cell
+            raise SystemExit
         raise OSError(f"no finished row of {args.figure} --scale {args.scale} --dataset "
                       f"{args.dataset} with the present settings in {args.out}")
     return list(rows.values())
@@ -1071,7 +1084,7 @@ def _set_up_process():
     torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    with contextlib.suppress(OSError, AttributeError):  # page faults were a third of a step
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # page faults: a third of a step
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 

@@ -225,8 +225,8 @@ def test_bn_recalibrated_estimates_batch_norm_for_the_weights_measured_and_puts_
             error = (model[1].running_mean - outputs).abs()
             assert (error < 5 * (variance / 400).sqrt()).all()
             raise RuntimeError
-    assert layer.sampling is None
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items() if "running" in k)
+    assert layer.sampling is None and model.training and model[1].training
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
@@ -264,8 +264,9 @@ def test_to_stochastic_keeps_every_option_of_a_layer():
     assert model[0] is model[2] and len(list(model.parameters())) == 3
     assert model[0].local and not to_stochastic(nn.Conv2d(1, 1, 1)).local
     tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    tied[1].weight = tied[0].weight  # counted once
+    tied[1].weight = tied[0].weight  # counted once, with one noise
     once = to_stochastic(tied)[0].information().item()
+    assert tied[0].log_sigma2 is tied[1].log_sigma2
     assert weight_information(tied).item() == pytest.approx(once)
 
 
@@ -931,9 +932,9 @@ def test_learning_rates_and_minibatches():
     model = to_stochastic(nn.Linear(2, 2))
     rest, noise = common.param_groups(model, 0.1, 0.5)
     assert [p.shape for p in noise["params"]] == [(2, 2)] and len(rest["params"]) == 2
-    assert (rest["lr"], noise["lr"]) == (0.1, 0.5)
+    assert (rest["lr"], noise["lr"]) == (0.1, 0.5) and noise["weight_decay"] == 0
     assert common.lr_factor(0) < 0.01 and common.lr_factor(0.05) == pytest.approx(0.501)
-    assert common.lr_factor(0.1) == common.lr_factor(0.79) == common.lr_factor(0.59, 0.6) == 1
+    assert common.lr_factor(0.1) == common.lr_factor(0.79) == common.lr_factor(1, 1) == 1
     assert common.lr_factor(0.9) == pytest.approx(0.5) == common.lr_factor(0.8, 0.6)
     batches = minibatches(10, 3, "cpu")
     epoch = torch.cat([next(batches) for _ in range(3)])
