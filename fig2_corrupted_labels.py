@@ -113,7 +113,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         h = self.norm1(x).relu()
-        # a slice, as torch 2.14's CPU convolution with kernel 1 and stride 2 corrupts memory
+        # a slice, as strided 1x1 convolutions of few channels corrupt memory (oneDNN issue 6035)
         shortcut = self.shortcut(h[:, :, ::2, ::2]) if self.shortcut else x
         return shortcut + self.conv2(self.norm2(self.conv1(h)).relu())
 

@@ -156,7 +156,7 @@ def evaluate_draws(model, x, x_test, y_test, draws):
 
     mean, sampled = predictions(draw=False), []
     for seed in range(draws):
-        # the same weights for every batch
+        # every batch starts from one state of the generator: the same weights
         hook = model.register_forward_pre_hook(lambda *_: torch.manual_seed(seed) and None)
         sampled.append(predictions(draw=True))
         hook.remove()
