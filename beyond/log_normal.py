@@ -1,7 +1,7 @@
 """Log-normal noise: the choice of what holds zero nats moves the transition of Fig. 1.
 
     python -m beyond.log_normal --scale demo     # synthetic images, half a minute on 2 cores
-    python -m beyond.log_normal --scale cpu      # CIFAR-10, 1/4 width, about 20 minutes on 2 cores
+    python -m beyond.log_normal --scale cpu      # CIFAR-10, 1/4 width, about 25 minutes on 2 cores
 
 With log-normal noise a weight holds (cap - log alpha)/2 nats: the paper's -log(alpha)/2 + C, with
 the constant C such that a weight at the largest alpha allowed, the cap, holds zero (Prop. 4.1).
