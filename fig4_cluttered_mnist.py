@@ -238,7 +238,7 @@ PAPER = [(0.001, 9.7, 19_900), (0.01, 8.45, 18_900), (0.1, 5.0, 10_700), (0.3, 4
 
 
 def claims(ok, scale):
-    """Over complete seeds."""
+    """Of complete seeds."""
     betas, table = GRID[scale], []
     if not (rows := complete_seeds(ok, [{"beta": beta} | MAIN for beta in betas])):
         return table
@@ -273,8 +273,8 @@ def claims(ok, scale):
     add("I(z;y) stays within 0.15 nats of 2.2 up to β = 1", "2.21 nats", label,
         abs(label[:one + 1] - 2.2).max() < 0.15)
     kept = [nuisance[-1] / nuisance[one], label[-1] / label[one]]
-    add("beyond β = 1, it loses a larger share than I(z;y)", "–", kept,
-        kept[0].max() < kept[1].min(), "{:.0%}", ("kept", "of I(z;y)"))
+    add("beyond β = 1, I(z;n) keeps a smaller share than I(z;y)", "–", kept,
+        kept[0].max() < kept[1].min(), "{:.0%}", ("I(z;n)", "I(z;y)"))
     add("TC(z) / (I(x;z) + TC(z)) falls with every step of β", "–",
         share, np.diff(share.mean(1)).max() < 0)
     return table
