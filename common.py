@@ -278,7 +278,7 @@ def bn_recalibrated(model, batches, draw):
 def param_groups(model, lr, lr_noise):
     """Two parameter groups for an optimiser: names ending in sigma2 at lr_noise, the rest at lr.
 
-    The first without weight decay, which would pull sigma to 1.
+    log sigma^2 gets no weight decay, which would pull sigma to 1.
     """
     groups = [{"params": [], "lr": lr}, {"params": [], "lr": lr_noise, "weight_decay": 0.0}]
     for name, parameter in model.named_parameters():
@@ -358,9 +358,9 @@ def weight_information(model):
 
     Tied weights count once. ValueError if there is no stochastic layer.
     """
-    layers = [(m.weight, m) for m in model.modules()
-              if hasattr(m, "log_sigma2") and hasattr(m, "information")]
-    layers = {id(weight): m for weight, m in layers}
+    found = [(m.weight, m) for m in model.modules()  # holds the weights: no two have one id
+             if hasattr(m, "log_sigma2") and hasattr(m, "information")]
+    layers = {id(weight): m for weight, m in found}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no stochastic layer: see to_stochastic")
     return sum(layer.information() for layer in layers.values())

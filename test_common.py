@@ -934,7 +934,8 @@ def test_learning_rates_and_minibatches():
     assert [p.shape for p in noise["params"]] == [(2, 2)] and len(rest["params"]) == 2
     assert (rest["lr"], noise["lr"]) == (0.1, 0.5) and noise["weight_decay"] == 0
     assert common.lr_factor(0) < 0.01 and common.lr_factor(0.05) == pytest.approx(0.501)
-    assert common.lr_factor(0.1) == common.lr_factor(0.79) == common.lr_factor(1, 1) == 1
+    assert common.lr_factor(0.1) == common.lr_factor(0.79) == common.lr_factor(0.59, 0.6) == 1
+    assert common.lr_factor(1, 1) == 1
     assert common.lr_factor(0.9) == pytest.approx(0.5) == common.lr_factor(0.8, 0.6)
     batches = minibatches(10, 3, "cpu")
     epoch = torch.cat([next(batches) for _ in range(3)])
