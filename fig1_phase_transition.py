@@ -46,11 +46,11 @@ SIZES = (100, 300, 1000, 3000)
 GRID = {
     "demo": dict(sizes=(100,), random=(0.1, 0.3, 0.5, 0.8, 1.3), real=(), extra=[]),
     "cpu": dict(sizes=SIZES, random=BETAS, real=REAL_BETAS, extra=[
-        {"labels": "random", "n": n, "beta": beta, "budget": budget, "seed": 0}
-        for sizes, budgets, betas in (
-            (SIZES, (0.25, 0.5, 2), (0.5, 0.7, 0.8)), (SIZES, (2,), (0.9,)),
-            (SIZES, (4,), (0.8, 0.9)), ((10_000,), (2,), (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)))
-        for n in sizes for budget in budgets for beta in betas]),
+        {"labels": "random", "seed": 0} | cell for cell in (
+            *({"n": n, "beta": beta, "budget": budget} for n in SIZES
+              for beta in (0.5, 0.7, 0.8, 0.9) for budget in (0.25, 0.5, 2, 4)),
+            *({"n": 10_000, "beta": beta, "budget": 2, "peak": 0.5}
+              for beta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)))]),
     "paper": dict(sizes=(*SIZES, 10_000, 30_000, 50_000), random=BETAS, real=REAL_BETAS, extra=[]),
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
@@ -94,7 +94,7 @@ def load_data(args):
 
 def train_cell(cell, device, args, progress, information=weight_information, **changed):
     """Train and measure one net. information: the penalty, nats."""
-    s, n, beta = SETTINGS[args.scale] | changed, cell["n"], cell["beta"]
+    s, n, beta = SETTINGS[args.scale] | cell | changed, cell["n"], cell["beta"]
     torch.manual_seed(cell["seed"])
     generator = torch.Generator().manual_seed(cell["seed"])
     x, y, x_test, y_test, mean, std = load_data(args)
