@@ -72,15 +72,24 @@ def test_fig4_claims_can_hold_and_fail(monkeypatch):
     import fig4_cluttered_mnist as fig4
     monkeypatch.setattr(fig4, "GRID", {"cpu": (0.001, 1.0, 10.0)})
 
-    def verdicts(low={}, high={}):
+    def verdicts(low={}, high={}, longer=(), wider=()):
         rows = [dict(status="ok", seed=0, beta=beta, i_zn_positions=nats, i_zn_nce=nats - 0.1,
                      i_zy=2.2, total_correlation=nats, tc_share=nats)
-                | changes for beta, nats, changes in ((0.001, 3.0, low), (1.0, 1.0, high),
-                                                      (10.0, 0.5, {}))]
-        rows.append(rows[1] | {"width": 0.25, "i_zn_positions": 99.0})  # for the table only
+                | changes for beta, nats, changes in (
+                    (0.001, 3.0, {"decoder_steps": 16_000} | low), (1.0, 1.0, high),
+                    (10.0, 0.5, {}))]
+        first, middle, last = rows
+        rows += [first | {"decoder_steps": 8000, "i_zn_positions": 99.0}]  # not twice as many
+        rows += [row | {"decoder_steps": 2 * row.get("decoder_steps", 4000),
+                        "i_zn_positions": nats} for row, nats in zip((first, last), longer)]
+        rows += [row | {"width": 0.25, "i_zn_positions": nats}
+                 for row, nats in zip((first, middle), wider)]
         return [row["holds"] for row in fig4.claims(rows, "cpu")]
 
-    assert verdicts() == ["yes"] * 5
+    assert verdicts() == verdicts(longer=[99], wider=[99]) == ["yes"] * 5
+    assert verdicts(longer=(3.1, 0.52), wider=(3.2, 1.06)) == ["yes"] * 7
+    assert verdicts(longer=(3.1, 0.53), wider=(3.2, 1.04))[2:4] == ["NO", "NO"]
+    assert verdicts(longer=(3.2, 0.52), wider=(3.1, 1.06))[2:4] == ["NO", "NO"]
     for position, (row, key, fails, holds) in enumerate((
             ("high", "i_zn_positions", 1.51, 1.49), ("high", "i_zn_nce", 1.01, 0.99),
             ("high", "i_zy", 2.04, 2.06),
