@@ -5,12 +5,13 @@
     python fig2_corrupted_labels.py --gpu 0          # CIFAR-10, the paper's N = 10,000 and 30,000
 
 Panel "models": three architectures learn random labels with L = cross-entropy + beta/N * I(w;D).
-Panel "corruption": Small AlexNet at a small beta, where it fits everything, a share of the
-labels corrupted: "uniform", resampled over all classes, or "pair", made the next class. Their
-entropy given the true labels has to be stored; pair flips have less of it than uniform noise.
+Panel "corruption": Small AlexNet at a small beta, where it fits everything, with a share of the
+labels corrupted: "uniform", resampled over all classes, or "pair", made the next class. What
+has to be stored is the entropy of the corrupted labels given the true ones, of which pair flips
+have less than uniform noise with as many wrong labels.
 
-Protocol and measures as in Fig. 1; All-CNN and ResNet have a lower peak of beta, at which they
-still learn, chosen by objective at N = 1,000, beta = 0.2 on another seed.
+Protocol and measures as in Fig. 1, with a lower peak of beta, at which All-CNN and ResNet still
+learn, chosen by their objectives at N = 1,000, beta = 0.2 on another seed.
 """
 import math
 
@@ -26,11 +27,10 @@ from common import (beta_at, claim, complete_seeds, corrupt_labels, crossing, dr
                     weight_information, with_information)
 
 # What a cell is trained with, stored in its row. It takes steps * max(1, N/300)^0.4.
-SHARED = dict(lr_noise=0.16, hold=0.6,
-              peak={"Small AlexNet": 0.7, "All-CNN": 0.3, "ResNet": 0.3})
+SHARED = dict(lr_noise=0.16, hold=0.6, peak=0.3)
 SETTINGS = {
     "demo": dict(widths={"Small AlexNet": 1 / 8, "All-CNN": 1 / 16, "ResNet": 1 / 2}, blocks=1,
-                 steps=1000, batch=50, lr=0.012, lr_noise=0.06, hold=0.6, peak={}, test=1000),
+                 steps=1000, batch=50, lr=0.012, lr_noise=0.06, hold=0.6, peak=0, test=1000),
     "cpu": dict(widths={"Small AlexNet": 1 / 4, "All-CNN": 1 / 8, "ResNet": 1 / 2}, blocks=1,
                 steps=5000, batch=100, lr=0.024, test=5000, **SHARED),
     "paper": dict(widths={"Small AlexNet": 1, "All-CNN": 1, "ResNet": 4}, blocks=3,
@@ -76,7 +76,7 @@ def norm(channels, kind=nn.BatchNorm2d):
 
 
 def small_alexnet(width=1.0):
-    """The paper's Small AlexNet, pooled before ReLU: the same, cheaper."""
+    """The paper's Small AlexNet, pooled before ReLU: the same, and cheaper."""
     conv, fc1, fc2 = int(64 * width), int(384 * width), int(192 * width)
     return nn.Sequential(
         nn.Conv2d(3, conv, 5, padding=2, bias=False), nn.MaxPool2d(2), nn.ReLU(),
@@ -158,7 +158,7 @@ def train_cell(cell, device, args, progress):
         optimizer, lambda step: lr_factor(step / steps, s["hold"]))
     batches, forward = minibatches(n, s["batch"], device), with_information(model, x[:s["batch"]])
     for step in range(steps):
-        index, beta = next(batches), beta_at(step / steps, cell["beta"], s["peak"].get(name, 0))
+        index, beta = next(batches), beta_at(step / steps, cell["beta"], s["peak"])
         logits, nats = forward(x[index])
         loss = F.cross_entropy(logits, y[index]) + beta / n * nats
         optimizer.zero_grad()
@@ -208,7 +208,7 @@ def add_derived(rows):
 
 
 def claims(ok, scale):
-    """The claims table of complete seeds."""
+    """The claims table, over complete seeds."""
     grid, table = GRID[scale], []
     low, *_, high = grid["betas"]
     rows = complete_seeds(ok, model_cells(grid))

@@ -1,7 +1,7 @@
 """Fig. 4: the penalty on information removes a nuisance from the representation, not the label.
 
     python fig4_cluttered_mnist.py --scale demo     # synthetic digits, 2 minutes on 2 cores
-    python fig4_cluttered_mnist.py --scale cpu      # MNIST, 1/8 width, 5 hours on 2 cores
+    python fig4_cluttered_mnist.py --scale cpu      # MNIST, 1/8 width, 4 hours on 2 cores
     python fig4_cluttered_mnist.py --gpu 0          # MNIST, the paper's All-CNN
 
 An All-CNN reads digits under clutter, ten white 4x4 squares at random positions, new for every
