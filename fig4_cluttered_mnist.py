@@ -313,7 +313,7 @@ def plot(rows, args):
             "the same per unit, no +1", "information per weight", "last layer, at one position")):
         ax.set(xscale="log", yscale="log", xlabel="β", ylabel="nats", title=title)
         ax.legend()
-    nats_ax.set_ylim(0.2)
+    nats_ax.set_ylim(0.02)
     steps_ax.set_xlabel("decoder steps")
     save_figure(fig, args)
 
