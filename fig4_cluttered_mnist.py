@@ -49,7 +49,7 @@ DATASETS = {"demo": ["synthetic"], "cpu": ["mnist", "synthetic"], "paper": ["mni
 
 
 def main_cells(scale):
-    """None: as in SETTINGS. If z holds more, a decoder levels later."""
+    """Curves' cells (None: as set). If z holds more, a decoder levels later."""
     return [{"beta": beta, "width": None,
              "decoder_steps": 16_000 if beta < 0.3 and scale != "demo" else None}
             for beta in GRID[scale]]
