@@ -154,7 +154,7 @@ class _StochasticWeight:
         """The paper's I~(w;D), the information in this layer's weights: 0-d tensor, nats.
 
         Sum of KLs from the log-uniform prior (Prop. 4.1), with C such that a weight at the largest
-        alpha (infinity, or the cap) holds zero nats. Gaussian: to 0.0095 nats per weight.
+        alpha (infinity, or the cap) holds zero nats. Gaussian: to 0.0095 nats and 3.5%.
         """
         if self.noise == "lognormal":
             return 0.5 * (self.max_log_alpha - self.log_alpha).sum()
@@ -182,7 +182,7 @@ class _StochasticWeight:
             return _GaussianNoise.apply(linear(x, self.weight, self.bias), variance)
         noise = torch.randn(self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
         if self.noise == "gaussian":
-            weight = torch.addcmul(self.weight, _CappedExp.apply(log_sigma2, 0.5), noise)
+            weight = torch.addcmul(self.weight, _CappedExp.apply(log_sigma2, 0.5).to(noise), noise)
         else:
             log_eps = (alpha + 1e-30).sqrt() * noise - 0.5 * alpha
             weight = self.weight * torch.exp(log_eps).to(self.weight.dtype)
@@ -261,7 +261,7 @@ def bn_recalibrated(model, batches, draw):
 
     draw: sample the weights, for each batch anew, or use the means.
     """
-    modes = [(m, m.training) for m in model.modules()]
+    modes = [(m, m.training, vars(m).get("momentum")) for m in model.modules()]
     running = {name: statistic.clone() for name, statistic in model.state_dict().items()
                if "running_" in name or "num_batches_tracked" in name}
     try:
@@ -270,8 +270,10 @@ def bn_recalibrated(model, batches, draw):
             model.eval()
             yield model
     finally:
-        for m, training in modes:
+        for m, training, momentum in modes:
             m.training = training
+            if "momentum" in vars(m):
+                m.momentum = momentum
         model.load_state_dict(running, strict=False)
 
 
@@ -470,8 +472,10 @@ def pac_bayes_bound(loss, divergence, n, *, max_loss=math.log(10), delta=0.05, l
     these weights from a prior that has not seen the samples, nats. The least over lambdas (> 1/2),
     by a union bound. ValueError for impossible values.
     """
-    if not (0 <= loss <= max_loss and divergence >= 0 and min(lambdas) > 0.5):
-        raise ValueError(f"{loss=} must be 0 to {max_loss:g}, {divergence=} >= 0, lambdas > 1/2")
+    if not (0 <= loss <= max_loss and divergence >= 0 and min(lambdas) > 0.5 and n >= 1
+            and 0 < delta <= 1):
+        raise ValueError(f"{loss=} must be 0 to {max_loss:g}, {divergence=} >= 0, lambdas > 1/2, "
+                         f"{n=} >= 1, {delta=} in (0, 1]")
     penalty = max_loss * (divergence + math.log(len(lambdas) / delta)) / n
     return min((loss + lam * penalty) / (1 - 1 / (2 * lam)) for lam in lambdas)
 
@@ -600,10 +604,9 @@ def load_celeba(data_dir="data"):
 def _load_arrays(name, data_dir):
     path = Path(data_dir, f"{name}.npz")
     if not path.exists():
-        temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
         try:
-            np.savez(temporary, **_from_torchvision(name, str(data_dir)))
-            os.replace(temporary, path)
+            found = _from_torchvision(name, str(data_dir))
+            arrays = _checked(name, found)
         except Exception as error:  # urllib, gdown, tar and md5 checks each raise their own
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             advice = "--scale demo needs no data"
@@ -611,8 +614,14 @@ def _load_arrays(name, data_dir):
                 advice += (", or pip install gdown (with a daily quota), or unpack CelebA's "
                            f"img_align_celeba.zip and .txt files in {path.parent}/celeba/")
             raise DataError(f"no {path}, and the download failed ({reason}): {advice}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
+        with contextlib.suppress(OSError):  # a folder that cannot be written to
+            try:
+                np.savez(temporary, **found)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return arrays
     try:
         with np.load(path) as file:
             return _checked(name, file)
@@ -662,7 +671,7 @@ def channel_statistics(images):
     """Mean and standard deviation per channel of uint8 images (n, c, h, w): two (1, c, 1, 1)."""
     counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
     frequencies = torch.stack(counts).double() / counts[0].sum()
-    levels = torch.arange(256).double()
+    levels = torch.arange(256, device=images.device).double()
     mean = frequencies @ levels
     std = (frequencies @ levels**2 - mean**2).sqrt()
     return mean.view(1, -1, 1, 1).float(), std.view(1, -1, 1, 1).float()
@@ -673,12 +682,12 @@ def load_images(dataset, data_dir, n_train, n_test):
     """(x_train, y_train, x_test, y_test, *channel_statistics(x_train)), read once per process.
 
     dataset: "cifar10", "mnist", or n_train and n_test images drawn by code, "synthetic" (objects)
-    or "digits".
+    or "digits"; KeyError for others.
     """
     if draw := {"synthetic": synthetic_objects, "digits": synthetic_digits}.get(dataset):
         data = *draw(n_train, seed=0), *draw(n_test, seed=1)
     else:
-        data = load_cifar10(data_dir) if dataset == "cifar10" else load_mnist(data_dir)
+        data = {"cifar10": load_cifar10, "mnist": load_mnist}[dataset](data_dir)
     return *data, *channel_statistics(data[0])
 
 
@@ -686,7 +695,7 @@ def draw_subset(x, y, n, generator):
     """n of the pairs (x, y), drawn without repetition. DataError if there are fewer."""
     if n > len(x):
         raise DataError(f"{n} images are needed, the data set has {len(x)}")
-    index = torch.randperm(len(x), generator=generator)[:n]
+    index = torch.randperm(len(x), generator=generator, device=generator.device)[:n].to(x.device)
     return x[index], y[index]
 
 
@@ -948,7 +957,7 @@ def _device(gpu):
 
 
 @_user_errors()
-def run_grid(cells, train_cell, args, settings, prepare):
+def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
     """Train every cell (dict) that has no row yet, for each seed or its own; return all rows.
 
     train_cell(cell, device, args, progress) returns what was measured (dict). progress(step, steps,
@@ -1098,7 +1107,7 @@ def _set_up_worker():
 
 def _git_revision():
     """Commit of this folder, "-dirty" if its Python files differ; "unknown" outside git."""
-    git = f'git -C "{Path(__file__).parent}" '
+    git = f'git -C "{Path(globals().get("__file__", ".")).parent}" '
     failed, commit = subprocess.getstatusoutput(git + "rev-parse --short HEAD")
     changes = subprocess.getoutput(git + 'status --porcelain -- "*.py"')
     return "unknown" if failed else commit + ("-dirty" if changes else "")
@@ -1157,7 +1166,8 @@ def new_figure(rows, columns, title):
     import matplotlib.pyplot as plt
     plt.switch_backend("agg")
     plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
-                         "axes.titlesize": 10, "legend.fontsize": 7})
+                         "axes.titlesize": 10, "legend.fontsize": 7,
+                         "axes.formatter.min_exponent": 4})
     size = 4.3 * columns, 4.0 * rows + 0.4
     fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     fig.suptitle(title)

@@ -694,7 +694,7 @@ def run_script(command, folder, changes):
     else:
         figure = importlib.import_module(Path(command[0]).stem)
         for name, value in changes.items():
-            setattr(figure, name, {"demo": value})
+            setattr(figure, name, getattr(figure, name) | {"demo": value})
         figure.main()
 
 

@@ -1,13 +1,14 @@
-"""Log-normal noise: the choice of what holds zero nats moves the transition of Fig. 1.
+"""Log-normal noise: the cap that it needs moves the transition of Fig. 1.
 
     python -m beyond.log_normal --scale demo     # synthetic images, half a minute on 2 cores
     python -m beyond.log_normal --scale cpu      # CIFAR-10, 1/4 width, about 25 minutes on 2 cores
 
 With log-normal noise a weight holds (cap - log alpha)/2 nats: the paper's -log(alpha)/2 + C, with
 the constant C such that a weight at the largest alpha allowed, the cap, holds zero (Prop. 4.1).
-C is a choice, and so is where random labels stop being memorised. A low cap counts too little: a
-weight at the cap is free and yet tells something, so a net can memorise more label nats than are
-counted, which no code can. A high cap counts too much: memory ceases to pay at a smaller beta.
+C alone changes no gradient, only the objective, and so where memory ceases to pay; the cap limits
+the noise too, and so moves where accuracy falls. The paper fixes neither. A low cap counts too
+little: a weight at the cap is free and yet tells something, so a net can memorise more label nats
+than are counted, which no code can. A high cap counts too much.
 The transition is the beta at which train accuracy falls through 55%. The protocol is Fig. 1's, but
 beta is raised from 0 without the detour over larger beta, on which these nets forget.
 """
@@ -107,7 +108,8 @@ def plot(ok, grid, args):
     accuracy_ax.set(xscale="log", xlabel="β", ylabel="train accuracy", title="the transition")
     nats = np.geomspace(0.01, 100)
     nats_ax.plot(nats, np.minimum(nats, math.log(10)), "k--", lw=1, label="no code tells more")
-    nats_ax.set(xlabel="I(w;D)/N, nats per sample", ylabel="label nats memorised per sample",
+    nats_ax.set(xlabel="I(w;D)/N, nats per sample",
+                ylabel="log 10 − cross-entropy, nats per sample",
                 title="what is counted, and what is memorised")
     nats_ax.set_xscale("symlog", linthresh=0.01)
     for ax in axes[0]:

@@ -8,10 +8,10 @@ def fig3_verdicts(monkeypatch, by_width, by_beta, capped=33.0, gap=0.0):
     import fig3_width_beta as fig3
     monkeypatch.setattr(fig3, "GRID", {"cpu": dict(
         widths=(0.5, 1), widest=(2,), decays=(0.0,), beta_width=1, betas=tuple(by_beta),
-        capped=((1.0, 0.0),))})
+        capped=((0.1, 0.0), (1.0, 0.0)))})
     rows = []
     for cell in sum(fig3.make_cells("cpu"), []):
-        error = capped if "max_log_alpha" in cell else (
+        error = capped if "max_log_alpha" in cell and cell["beta"] == 1 else (
             by_beta[cell["beta"]] if "beta" in cell else by_width[cell["width"]])
         beta, right = cell.get("beta", 0), 1 - error / 100
         rows.append(cell | dict(
@@ -74,7 +74,7 @@ def test_fig4_claims_can_hold_and_fail(monkeypatch):
 
     def verdicts(low={}, high={}, longer=(), wider=()):
         rows = [dict(status="ok", seed=0, beta=beta, i_zn_positions=nats, i_zn_nce=nats - 0.1,
-                     i_zy=2.2, total_correlation=nats, tc_share=nats)
+                     i_zy=2.2, total_correlation=nats, tc_share=nats, i_xz=nats)
                 | changes for beta, nats, changes in (
                     (0.001, 3.0, {"decoder_steps": 16_000} | low), (1.0, 1.0, high),
                     (10.0, 0.5, {}))]
@@ -86,14 +86,14 @@ def test_fig4_claims_can_hold_and_fail(monkeypatch):
                  for row, nats in zip((first, middle), wider)]
         return [row["holds"] for row in fig4.claims(rows, "cpu")]
 
-    assert verdicts() == verdicts(longer=[99], wider=[99]) == ["yes"] * 5
-    assert verdicts(longer=(3.1, 0.52), wider=(3.2, 1.06)) == ["yes"] * 7
-    assert verdicts(longer=(3.1, 0.53), wider=(3.2, 1.04))[2:4] == ["NO", "NO"]
-    assert verdicts(longer=(3.2, 0.52), wider=(3.1, 1.06))[2:4] == ["NO", "NO"]
+    assert verdicts() == verdicts(longer=[99], wider=[99]) == ["yes"] * 7
+    assert verdicts(longer=(3.1, 0.52), wider=(3.2, 1.06)) == ["yes"] * 9
+    assert verdicts(longer=(3.1, 0.53), wider=(3.2, 1.04))[4:6] == ["NO", "NO"]
+    assert verdicts(longer=(3.2, 0.52), wider=(3.1, 1.06))[4:6] == ["NO", "NO"]
     for position, (row, key, fails, holds) in enumerate((
-            ("high", "i_zn_positions", 1.51, 1.49), ("high", "i_zn_nce", 1.01, 0.99),
-            ("high", "i_zy", 2.04, 2.06),
-            ("high", "i_zn_positions", 0.49, 0.51),
+            ("high", "i_zn_positions", 1.51, 1.49), ("high", "i_zn_positions", 0.49, 0.51),
+            ("high", "i_zn_nce", 1.46, 1.44), ("high", "i_zn_nce", 0.39, 0.41),
+            ("high", "i_zy", 2.04, 2.06), ("high", "i_xz", 5.01, 4.99),
             ("high", "tc_share", 3.01, 2.99))):
         assert verdicts(**{row: {key: fails}})[position] == "NO", key
         assert verdicts(**{row: {key: holds}})[position] == "yes", key
