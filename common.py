@@ -974,7 +974,7 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
     head = {"figure": args.figure, "scale": args.scale, "dataset": args.dataset, "status": "ok",
             "device": "cpu" if on_cpu else torch.cuda.get_device_name(args.device),
             "torch": torch.__version__, "git": _git_revision(),
-            "settings": json.loads(json.dumps(settings))}  # tuples are lists, as in the rows
+            "settings": json.loads(json.dumps(settings or {}))}  # tuples are lists, as in the rows
 
     def key(row):
         return tuple(map(row.get, names))
