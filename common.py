@@ -203,8 +203,8 @@ class StochasticLinear(_StochasticWeight, nn.Linear):
     noise="gaussian" or "lognormal". local=True, the default here: local reparameterisation (Kingma
     et al. 2015), pre-activations independent for every example and token (log-normal: mean and
     variance are matched); False: one weight per forward. log_alpha=-6: initial value;
-    max_log_alpha: its cap (None: 1 if log-normal, else no cap). train() draws noise, eval() uses
-    the means. ValueError: unknown noise.
+    max_log_alpha: its cap (None: 1 if log-normal, else no cap), above which log_sigma2 may rise.
+    train() draws noise, eval() uses the means. ValueError: unknown noise.
     """
 
     def forward(self, x):
@@ -227,6 +227,7 @@ def to_stochastic(module, *, skip=(), **options):
     skip: names, as in named_modules(), of layers or blocks to leave alone; ValueError for an
     unknown one. options: those of StochasticLinear. Subclasses of these two stay plain. Tied
     weights share their noise; an nn.Embedding tied to one reads it without: skip that layer.
+    Initialise weights before: sigma is stored, not alpha.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     layers = dict(module.named_modules(remove_duplicate=False))

@@ -5,7 +5,7 @@ import importlib
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import runpy
@@ -655,28 +655,32 @@ def main():
 if __name__ == "__main__":
     main()
 '''
-# Most of a short run is imports: on Linux it is forked from a process that has done them.
+# Imports take most of a short run: on Linux they are done once.
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 if sys.platform == "linux":
     CONTEXT.set_forkserver_preload(["test_common", "matplotlib.pyplot"])
+LOCK = CONTEXT.Lock()  # start() reads exit codes of other threads' processes
 
 
 class Run:
-    """python <script> <arguments> in a process of its own; changes: what its module is to hold."""
+    """python <script> <arguments>; changes: what its module is to hold."""
 
     def __init__(self, script, *arguments, changes=None):
         self.command, self.folder = [script, *arguments], tempfile.TemporaryDirectory()
         target = (self.command, self.folder.name, changes)
         self.process = CONTEXT.Process(target=run_script, args=target)
-        self.process.start()
+        with LOCK:
+            self.process.start()
 
     def send_signal(self, number):
         os.kill(self.process.pid, number)
 
     def wait(self, timeout=240):
         """CompletedProcess with what it printed."""
-        self.process.join(timeout)
-        if self.process.is_alive():
+        multiprocessing.connection.wait([self.process.sentinel], timeout)
+        with LOCK:
+            alive = self.process.is_alive()
+        if alive:
             self.process.kill()
             raise TimeoutError(f"{self.command} has not ended in {timeout} s")
         printed = [Path(self.folder.name, name).read_text() for name in ("stdout", "stderr")]
