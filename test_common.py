@@ -499,7 +499,7 @@ def test_look_up_goes_from_npz_to_torchvision_which_downloads_if_it_has_no_copy(
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", FakeCIFAR10)
     x, *_ = load_cifar10(tmp_path)
     assert calls == [(True, True), (False, True)]
-    assert os.listdir(tmp_path) == ["cifar10.npz"]  # written in one step, nothing left over
+    assert os.listdir(tmp_path) == ["cifar10.npz"]  # in one step
     again, *_ = load_cifar10(tmp_path)
     assert torch.equal(x, again) and len(calls) == 2
 
@@ -676,7 +676,7 @@ class Run:
         os.kill(self.process.pid, number)
 
     def wait(self, timeout=240):
-        """CompletedProcess with what it printed."""
+        """CompletedProcess with its output."""
         multiprocessing.connection.wait([self.process.sentinel], timeout)
         with LOCK:
             alive = self.process.is_alive()
