@@ -189,12 +189,11 @@ def plot(rows, grid, args):
                 style = dict(color=colour, label=f"{start}, {steps:,} steps per β")
                 plot_points(accuracy_ax, summarise(points, "beta", "train_acc"), marker, **style)
                 plot_points(objective_ax, summarise(points, "beta", "objective"), marker, **style)
-        accuracy_ax.axvline(1, color="k", ls="--", lw=1, label="β = 1")
+        accuracy_ax.axvline(1, color="k", ls="--", lw=1)
         accuracy_ax.set(xscale="log", xlabel="β", ylabel="train accuracy",
-                        title=f"random labels, N = {n:,}")
+                        title=f"random labels, N = {n:,} (dashed: β = 1; legend below)")
         objective_ax.set(xscale="log", xlabel="β", ylabel="objective, nats per sample")
-        for ax in (accuracy_ax, objective_ax):
-            ax.legend()
+        objective_ax.legend()
     save_figure(fig, args)
 
 
