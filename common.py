@@ -262,7 +262,8 @@ def bn_recalibrated(model, batches, draw):
 
     draw: sample the weights, for each batch anew, or use the means.
     """
-    modes = [(m, m.training, vars(m).get("momentum")) for m in model.modules()]
+    modes = [(m, m.training) for m in model.modules()]
+    momenta = {m: m.momentum for m in model.modules() if "momentum" in vars(m)}
     running = {name: statistic.clone() for name, statistic in model.state_dict().items()
                if "running_" in name or "num_batches_tracked" in name}
     try:
@@ -271,10 +272,10 @@ def bn_recalibrated(model, batches, draw):
             model.eval()
             yield model
     finally:
-        for m, training, momentum in modes:
+        for m, training in modes:
             m.training = training
-            if "momentum" in vars(m):
-                m.momentum = momentum
+        for m, momentum in momenta.items():  # update_bn() leaves None if a batch fails
+            m.momentum = momentum
         model.load_state_dict(running, strict=False)
 
 

@@ -137,7 +137,7 @@ LOG10 = math.log(10)  # nats of a random label
 
 
 def add_derived(rows):
-    """The ok rows, with nats per sample and r: 0 unless 55% of random labels are memorised."""
+    """The ok rows, with nats per sample and r of random labels, 0 below 55%."""
     rows = ok_rows(rows)
     for row in rows:
         row["nats"] = row["information"] / row["n"]
@@ -253,10 +253,10 @@ def plot(ok, args):
     accuracy_ax, r_ax, steps_ax, nats_ax = axes[1]
     for n, colour in zip(sizes, plt.cm.viridis(np.linspace(0, 0.85, len(sizes)))):
         style = dict(color=colour, label=f"N = {n:,}")
-        for row in ok_rows(random, n=n):
-            accuracy_ax.plot(row["beta"], row["train_acc_batch"], ".", c=colour)
-        mean = np.array(summarise(random, "beta", "train_acc_batch", n=n))
-        accuracy_ax.plot(mean[:, 0], mean[:, 1], **style)
+        nets = [(row["beta"], row["train_acc_batch"]) for row in ok_rows(random, n=n)]
+        accuracy_ax.plot(*zip(*nets), ".", color=colour)
+        betas, mean, *_ = zip(*summarise(random, "beta", "train_acc_batch", n=n))
+        accuracy_ax.plot(betas, mean, **style)
         memorised = [row for row in ok_rows(ok, n=n) if row["r"]]
         plot_points(r_ax, summarise([row for row in memorised if row in random], "beta", "r"),
                     **style)

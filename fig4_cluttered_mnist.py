@@ -7,11 +7,11 @@
 An All-CNN reads digits under clutter, ten white 4x4 squares at random positions, new for every
 batch, with L = cross-entropy + beta/N * I(w;D). z is its last convolutional map, the nuisance n
 the mask of the squares. The paper: as beta grows from 0.001 to 3, I(z;n) falls from 9.7 to 3.1
-nats, below a bound like that of Cor. 5.3; I(z;y) stays at 2.2.
+nats, below a bound as in Cor. 5.3; I(z;y) stays at 2.2.
 
-Two lower bounds on I(z;n), on held-out digits and clutter. A decoder names the squares' positions
-from z, uniform over 625 places: I(z;n) >= 10 * (log 625 - cross-entropy). InfoNCE, of a
-discriminator that tells pairs (z, n) from others.
+Two lower bounds on I(z;n), on held-out digits and clutter. A decoder reads the squares' positions,
+uniform over 625 places, from z: I(z;n) >= 10 * (log 625 - cross-entropy). InfoNCE: a
+discriminator tells pairs (z, n) from others.
 """
 import math
 
@@ -281,7 +281,8 @@ def claims(ok, scale):
     add("I(z;y) stays within 0.15 nats of 2.2 up to β = 1", "2.21 nats", label,
         abs(label[:one + 1] - 2.2).max() < 0.15)
     for name, v in ("I + TC", i + tc), ("TC / (I + TC)", share):
-        add(f"last layer: {name} falls with every step of β", "–", v, np.diff(v.mean(1)).max() < 0)
+        add(f"last layer: {name} falls with every step of β", "–", v,
+            np.diff(v.mean(1)).max() < 0)
     return table
 
 
@@ -296,16 +297,15 @@ def plot(rows, args):
     bound_ax.plot(beta, bound, "D-", color="0.6", ms=4, label="paper, 9,408 units")
     for ax, key, name in ((nats_ax, "i_zn_positions", "I(z;n), positions"),
                           (nats_ax, "i_zn_nce", "I(z;n), InfoNCE"), (nats_ax, "i_zy", "I(z;y)"),
-                          (bound_ax, "bound", "ours"),
-                          (bound_ax, "capacity", "less 1 per unit"),
+                          (bound_ax, "bound", "ours"), (bound_ax, "capacity", "less 1 per unit"),
                           (unit_ax, "i_xz", "I"), (unit_ax, "total_correlation", "TC")):
         plot_points(ax, summarise(ok, "beta", key), label=name)
     for number, beta in enumerate(GRID[args.scale]):
         for row in ok_rows(rows, beta=beta, seed=ok[0]["seed"], width=None):
             steps_ax.plot(*np.transpose(row["curve"][1:]), f"C{number}" + "-:"[row not in ok],
                           label=f"β = {beta:g}" if row in ok else None)
-            for key, line in ("picture", "-"), ("untrained", "--"):
-                if nats := row.get(f"i_zn_{key}"):
+            for key, line in ("picture", "-"), ("untrained", "--"), ("shuffled", ":"):
+                if (nats := row.get(f"i_zn_{key}")) is not None:
                     nats_ax.axhline(nats, color="C0", ls=line, label=f"I({key};n): {nats:.1f}")
     for name in ok[0]["layers"]:
         layer = [row | row["layers"][name] for row in ok]

@@ -144,6 +144,7 @@ def all_edges(rows, grid):
 
 
 def shown(edge):
+    """Seeds' values of an edge as text; one below all β measured is 0 in each."""
     return fmt(edge, "{:.3g}") if np.any(edge) else "none"
 
 
@@ -156,7 +157,8 @@ def claims(rows, grid):
                 values = found[n, steps]
                 ours = " < ".join(map(shown, values.T))
                 table.append(claim(
-                    f"N = {n:,}, {steps:,} steps per β: β_down < β_equal < β_up < 1.05", "–", ours,
+                    f"N = {n:,}, {steps:,} steps per β: β_down < β_equal < β_up < 1.05", "–",
+                    ours,
                     (np.diff(values) > 0).all() and values[:, 2].max() < 1.05))
         both = complete_seeds(rows, make_cells(grid, n=n))
         down = [per_seed(lambda rows: edges(rows)[0], ok_rows(both, steps=steps))
@@ -191,7 +193,7 @@ def plot(rows, grid, args):
                 plot_points(objective_ax, summarise(points, "beta", "objective"), marker, **style)
         accuracy_ax.axvline(1, color="k", ls="--", lw=1)
         accuracy_ax.set(xscale="log", xlabel="β", ylabel="train accuracy",
-                        title=f"random labels, N = {n:,} (dashed: β = 1; legend below)")
+                        title=f"random labels, N = {n:,} (dashed: β = 1)")
         objective_ax.set(xscale="log", xlabel="β", ylabel="objective, nats per sample")
         objective_ax.legend()
     save_figure(fig, args)
