@@ -982,8 +982,8 @@ FIG1 = {"SETTINGS": dict(width=1 / 16, steps=5, batch=40, lr=0.01, lr_noise=0.1,
 FIG2 = {"SETTINGS": dict(widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "ResNet": 1 / 8},
                          blocks=1, steps=6, batch=2000, lr=0.003, lr_noise=0.04, hold=0.6,
                          peak=0.5, test=100),
-        "GRID": dict(n_models=100, betas=(0.01, 10.0), n=100, beta=0.1, uniform=(0.0, 0.5, 1.0),
-                     pair=(0.45,), other_n=(50,))}
+        "GRID": dict(n_models=100, betas=(0.01, 10), n=100, beta=0.1, peak=0.5, other_n=(50,),
+                     uniform=(0, 0.5, 1), pair=(0.45,))}
 FIG3 = {"SETTINGS": dict(n=20, test=20, batch=10, width_steps=6, beta_steps=6, draws=2,
                          lr_sgd=0.05, lr=0.003, lr_noise=0.04, hold=0.6),
         "GRID": dict(widths=(1 / 96, 1 / 32), widest=(1 / 24,), decays=(0.001, 0.0),
