@@ -48,7 +48,7 @@ GRID = {
     "cpu": dict(sizes=SIZES, random=BETAS, real=REAL_BETAS, extra=[
         {"labels": "random", "seed": 0} | cell for cell in (
             *({"n": n, "beta": beta, "budget": budget} for n in SIZES
-              for beta in (0.7, 0.8, 0.9) for budget in (0.25, 0.5, 2, 4)),
+              for beta in (0.7, 0.8, 0.9, 1.0) for budget in (0.5, 2, 4)),
             *({"n": 10_000, "beta": beta, "budget": 2, "peak": 0.5}
               for beta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)))]),
     "paper": dict(sizes=(*SIZES, 10_000, 30_000, 50_000), random=BETAS, real=REAL_BETAS, extra=[]),
