@@ -984,7 +984,7 @@ FIG2 = {"SETTINGS": dict(widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "Re
                          peak=0.5, test=100),
         "GRID": dict(n_models=100, betas=(0.01, 10), n=100, beta=0.1, peak=0.5, other_n=(50,),
                      uniform=(0, 0.5, 1), pair=(0.45,))}
-FIG3 = {"SETTINGS": dict(n=20, test=20, batch=10, width_steps=6, beta_steps=6, draws=2,
+FIG3 = {"SETTINGS": dict(n=100, test=20, batch=50, width_steps=6, beta_steps=6, draws=2,
                          lr_sgd=0.05, lr=0.003, lr_noise=0.04, hold=0.6),
         "GRID": dict(widths=(1 / 96, 1 / 32), widest=(1 / 24,), decays=(0.001, 0.0),
                      beta_width=1 / 32, betas=(0.01, 1.0, 100.0),
