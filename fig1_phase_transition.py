@@ -1,7 +1,7 @@
 """Fig. 1: random labels are memorised while beta is below a threshold, and not above it.
 
     python fig1_phase_transition.py --scale demo     # synthetic images, 1.5 minutes on 2 cores
-    python fig1_phase_transition.py --scale cpu      # CIFAR-10, 1/4 width, 7 hours on 2 cores
+    python fig1_phase_transition.py --scale cpu      # CIFAR-10, 1/4 width, 8 hours on 2 cores
     python fig1_phase_transition.py --gpu 0          # CIFAR-10, the paper's width, N to 50,000
 
 A Small AlexNet is trained on N images with L = cross-entropy + beta/N * I(w;D). A net that

@@ -1,7 +1,7 @@
 """Fig. 2: every architecture memorises random labels at small beta, at a cost in nats.
 
     python fig2_corrupted_labels.py --scale demo     # synthetic images, 2 minutes on 2 cores
-    python fig2_corrupted_labels.py --scale cpu      # CIFAR-10, small networks, 5 hours on 2 cores
+    python fig2_corrupted_labels.py --scale cpu      # CIFAR-10, small networks, 3 hours on 2 cores
     python fig2_corrupted_labels.py --gpu 0          # CIFAR-10, the paper's N = 10,000 and 30,000
 
 Panel "models": three architectures learn random labels with L = cross-entropy + beta/N * I(w;D).
