@@ -1,6 +1,7 @@
 """Estimators where the answer is known, synthetic digits, in part by training. pytest beyond."""
 import argparse
 import copy
+import importlib
 import math
 
 import numpy as np
@@ -211,13 +212,16 @@ def test_fig3_samples_one_net_for_all_images_and_averages_probabilities(monkeypa
         torch.testing.assert_close(seen[0], predict(model, test))
 
 
-def test_fig1_a_cell_may_have_a_peak_of_its_own(monkeypatch):
-    import fig1_phase_transition as fig1
+@pytest.mark.parametrize("script, cell, width", [
+    ("fig1_phase_transition", {"labels": "random"}, {"width": 1 / 16}),
+    ("fig2_corrupted_labels", {"panel": "models"}, {"widths": {"Small AlexNet": 1 / 16}})])
+def test_a_cell_may_have_a_peak_of_its_own(monkeypatch, script, cell, width):
+    figure = importlib.import_module(script)
     peaks, args = [], argparse.Namespace(scale="demo", dataset="synthetic", data_dir="")
-    tiny = fig1.SETTINGS["demo"] | dict(width=1 / 16, steps=3, test=20, peak=0.7)
-    monkeypatch.setitem(fig1.SETTINGS, "demo", tiny)
-    monkeypatch.setattr(fig1, "beta_at", lambda t, beta, peak: peaks.append(peak) or beta)
+    tiny = figure.SETTINGS["demo"] | width | dict(steps=3, test=20, peak=0.7)
+    monkeypatch.setitem(figure.SETTINGS, "demo", tiny)
+    monkeypatch.setattr(figure, "beta_at", lambda t, beta, peak: peaks.append(peak) or beta)
     for own in ({}, {"peak": 0.5}):
-        cell = {"labels": "random", "n": 100, "beta": 0.1, "seed": 0} | own
-        fig1.train_cell(cell, torch.device("cpu"), args, lambda *_: None)
+        figure.train_cell(cell | {"n": 100, "beta": 0.1, "seed": 0} | own,
+                          torch.device("cpu"), args, lambda *_: None)
     assert peaks == 3 * [0.7] + 3 * [0.5]
