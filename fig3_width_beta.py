@@ -34,14 +34,13 @@ SETTINGS = {
 }
 DECAYS = (0.001, 0.0)  # that of the All-CNN's authors, and none
 CAPPED = ((1.0, 0.0), (10.0, 0.0), (100.0, 0.0), (10.0, -2.0), (100.0, -2.0))  # beta, cap
-# The cells: widths, the widest of seed 0 only; beta at one width, and capped.
+# The cells: widths; beta at one width, and capped.
 GRID = {
-    "demo": dict(widths=(1 / 32, 1 / 16, 1 / 8), widest=(), decays=(0.001,), beta_width=1 / 8,
+    "demo": dict(widths=(1 / 32, 1 / 16, 1 / 8), decays=(0.001,), beta_width=1 / 8,
                  betas=(0.001, 0.01, 0.03, 0.1, 1.0), capped=()),
-    "cpu": dict(widths=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1), widest=(2,), decays=DECAYS,
-                beta_width=1 / 8, betas=(0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 100),
-                capped=CAPPED),
-    "paper": dict(widths=(1 / 4, 1 / 2, 1, 2, 3), widest=(), decays=DECAYS, beta_width=1,
+    "cpu": dict(widths=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2), decays=DECAYS, beta_width=1 / 8,
+                betas=(0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 100), capped=CAPPED),
+    "paper": dict(widths=(1 / 4, 1 / 2, 1, 2, 3), decays=DECAYS, beta_width=1,
                   betas=tuple(10 ** (k / 2 - 3) for k in range(11)), capped=CAPPED),
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
@@ -198,17 +197,17 @@ def claims(ok, scale):
     for decay in grid["decays"]:
         cells = [{name: cell[name] for name in ("width", "weight_decay")} for cell in width
                  if cell["weight_decay"] == decay]
-        narrow = [cell for cell in cells if cell["width"] <= 1]
-        if rows := complete_seeds(ok, narrow):
-            table += width_claims(rows, complete_seeds(ok, cells) or rows, f"decay {decay:g}")
+        if rows := complete_seeds(ok, cells):
+            table += width_claims(rows, f"decay {decay:g}")
     free, capped = (complete_seeds(ok, [{"max_log_alpha": None} | cell for cell in cells])
                     for cells in beta)
     return table + (beta_claims(free, capped, scale) if free else [])
 
 
-def width_claims(narrow, rows, name):
-    narrow, error = by(narrow, "width", "test_error"), by(rows, "width", "test_error")
-    (*others, last), table = [v.mean() for v in error.values()], []
+def width_claims(rows, name):
+    error, table = by(rows, "width", "test_error"), []
+    narrow = {width: v for width, v in error.items() if width <= 1}
+    *others, last = [v.mean() for v in error.values()]
 
     def text(error):
         return "; ".join(f"×{width:g} {fmt(v, '{:.1f}%')}" for width, v in error.items())
@@ -300,9 +299,8 @@ def plot(ok, args):
 def make_cells(scale):
     """The cells: (beta, capped, width)."""
     grid = GRID[scale]
-    width = [{"panel": "width", "width": w, "weight_decay": decay} | seed
-             for widths, seed in ((grid["widths"], {}), (grid["widest"], {"seed": 0}))
-             for w in widths for decay in grid["decays"]]
+    width = [{"panel": "width", "width": w, "weight_decay": decay}
+             for w in grid["widths"] for decay in grid["decays"]]
     net = {"panel": "beta", "width": grid["beta_width"]}
     free = [net | {"beta": beta} for beta in grid["betas"]]
     return free, [net | {"beta": beta, "max_log_alpha": cap} for beta, cap in grid["capped"]], width

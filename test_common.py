@@ -986,9 +986,8 @@ FIG2 = {"SETTINGS": dict(widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "Re
                      uniform=(0, 0.5, 1), pair=(0.45,))}
 FIG3 = {"SETTINGS": dict(n=100, test=20, batch=50, width_steps=6, beta_steps=6, draws=2,
                          lr_sgd=0.05, lr=0.003, lr_noise=0.04, hold=0.6),
-        "GRID": dict(widths=(1 / 96, 1 / 32), widest=(1 / 24,), decays=(0.001, 0.0),
-                     beta_width=1 / 32, betas=(0.01, 1.0, 100.0),
-                     capped=((1.0, 0.0), (100.0, -2.0)))}
+        "GRID": dict(widths=(1 / 96, 1 / 32, 1 / 24), decays=(0.001, 0.0), beta_width=1 / 32,
+                     betas=(0.01, 1.0, 100.0), capped=((1.0, 0.0), (100.0, -2.0)))}
 FIG4 = {"SETTINGS": dict(width=1 / 32, n=60, steps=3, batch=20, passes=1, discriminator_steps=3,
                          decoder_steps=8, validation=20, test=30, lr=0.003, lr_noise=0.05),
         "GRID": (0.001, 1.0)}

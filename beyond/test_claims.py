@@ -7,7 +7,7 @@ import pytest
 def fig3_verdicts(monkeypatch, by_width, by_beta, capped=33.0, gap=0.0):
     import fig3_width_beta as fig3
     monkeypatch.setattr(fig3, "GRID", {"cpu": dict(
-        widths=(0.5, 1), widest=(2,), decays=(0.0,), beta_width=1, betas=tuple(by_beta),
+        widths=(0.5, 1, 2), decays=(0.0,), beta_width=1, betas=tuple(by_beta),
         capped=((0.1, 0.0), (1.0, 0.0)))})
     rows = []
     for cell in sum(fig3.make_cells("cpu"), []):
@@ -42,7 +42,7 @@ def test_fig3_claims_can_hold_and_fail(monkeypatch):
 @pytest.mark.parametrize("kind", ["", "_sampled", "_average"])
 def test_fig3_judges_each_prediction_by_its_own_errors(monkeypatch, kind):
     import fig3_width_beta as fig3
-    monkeypatch.setattr(fig3, "GRID", {"cpu": dict(widths=(), widest=(), decays=(), beta_width=1,
+    monkeypatch.setattr(fig3, "GRID", {"cpu": dict(widths=(), decays=(), beta_width=1,
                                                    betas=(0.1, 1.0, 10.0), capped=((10.0, 0.0),))})
     rows = [dict(cell, status="ok", seed=0, n=1, information=1.0, objective=1.0, train_acc=1.0,
                  cross_entropy_batch=1.0, test_acc=0.5, test_acc_sampled=0.5, test_acc_average=0.5)
@@ -54,7 +54,7 @@ def test_fig3_judges_each_prediction_by_its_own_errors(monkeypatch, kind):
 
 def test_fig3_chooses_the_beta_of_a_seed_on_the_other_seeds(monkeypatch):
     import fig3_width_beta as fig3
-    monkeypatch.setattr(fig3, "GRID", {"demo": dict(widths=(), widest=(), decays=(), beta_width=1,
+    monkeypatch.setattr(fig3, "GRID", {"demo": dict(widths=(), decays=(), beta_width=1,
                                                     betas=(0.01, 0.1, 0.3, 1.0), capped=())})
 
     def verdict(*errors):
