@@ -37,7 +37,7 @@ SHARED = dict(lr_noise=0.16, hold=0.6, peak=0.5)
 SETTINGS = {
     "demo": SHARED | dict(width=1 / 8, steps=3000, batch=50, lr=0.012, test=1000),
     "cpu": SHARED | dict(width=1 / 4, steps=5000, batch=100, lr=0.024, test=5000, peak=0.7),
-    "paper": SHARED | dict(width=1, steps=10_000, batch=100, lr=0.012, test=10_000),
+    "paper": SHARED | dict(width=1, steps=10_000, batch=100, lr=0.012, lr_noise=0.04, test=10_000),
 }
 BETAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 2.0, 3.0)
 REAL_BETAS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.2, 2.0, 4.0, 10.0)
