@@ -6,16 +6,16 @@
 
 A Small AlexNet is trained on N images with L = cross-entropy + beta/N * I(w;D). A net that
 memorises random labels ends with cross-entropy CE and information I. Its objective is
-below log 10, that of a net that knows nothing, exactly while
+below log 10, that of guessing, exactly while
 
     beta < r,   r = (log 10 - CE) * N / I,   label nats memorised per nat in the weights,
 
 so beta* = max r is where memory ceases to pay. If I is the length of a code, r <= 1, and
 beta* -> 1 means that training finds an ideal code. Every parameter has noise and is counted.
 
-Protocol, chosen by the objective at N = 1,000, beta = 0.4 on another seed: Adam; rates held for 60%
-of the steps; beta as in beta_at. Training cross-entropy and accuracy: sampled weights, batch
-statistics, as in training.
+Protocol, chosen by the objective at N = 1,000, beta = 0.4 (paper: 10,000, 0.5) on another seed:
+Adam; rates held for 60% of the steps; beta as in beta_at. Training cross-entropy and accuracy:
+sampled weights, batch statistics, as in training.
 """
 import math
 
@@ -32,7 +32,7 @@ from common import (StochasticConv2d, StochasticLinear, beta_at, claim, complete
                     param_groups, parse_args, per_seed, plot_points, run_grid, save_figure,
                     save_tables, summarise, weight_information, with_information)
 
-# What a cell is trained with, stored in its row. It takes steps * max(1, N/300)^0.4.
+# How a cell is trained, stored in its row. It takes steps * max(1, N/300)^0.4.
 SHARED = dict(lr_noise=0.16, hold=0.6, peak=0.5)
 SETTINGS = {
     "demo": SHARED | dict(width=1 / 8, steps=3000, batch=50, lr=0.012, test=1000),
@@ -59,7 +59,7 @@ DATASETS = {"demo": ["synthetic"], "cpu": REAL_DATA, "paper": REAL_DATA}
 
 
 class Shift(nn.Module):
-    """x + a bias per channel that has noise, so that it is counted."""
+    """x + a bias per channel with noise, so that it is counted."""
 
     def __init__(self, channels):
         super().__init__()
@@ -84,7 +84,7 @@ def small_alexnet(width=1.0, channels=3):
         StochasticLinear(fc1, fc2, bias=False),
         nn.BatchNorm1d(fc2, affine=False), Shift(fc2), nn.ReLU(),
         StochasticLinear(fc2, 10, bias=False),
-    ).to(memory_format=torch.channels_last)  # several times faster on a CPU for these shapes
+    ).to(memory_format=torch.channels_last)  # several times faster on a CPU
 
 
 def load_data(args):

@@ -26,15 +26,15 @@ from common import (beta_at, claim, complete_seeds, corrupt_labels, crossing, dr
                     plot_points, run_grid, save_figure, save_tables, summarise, to_stochastic,
                     weight_information, with_information)
 
-# What a cell is trained with, stored in its row. It takes steps * max(1, N/300)^0.4.
-SHARED = dict(lr_noise=0.16, hold=0.6, peak=0.3)
+# How a cell is trained, stored in its row. It takes steps * max(1, N/300)^0.4.
+SHARED = dict(batch=100, hold=0.6, peak=0.3)
 SETTINGS = {
     "demo": dict(widths={"Small AlexNet": 1 / 8, "All-CNN": 1 / 16, "ResNet": 1 / 2}, blocks=1,
                  steps=1000, batch=50, lr=0.012, lr_noise=0.06, hold=0.6, peak=0, test=1000),
     "cpu": dict(widths={"Small AlexNet": 1 / 4, "All-CNN": 1 / 8, "ResNet": 1 / 2}, blocks=1,
-                steps=5000, batch=100, lr=0.024, test=5000, **SHARED),
+                steps=5000, lr=0.024, lr_noise=0.16, test=5000, **SHARED),
     "paper": dict(widths={"Small AlexNet": 1, "All-CNN": 1, "ResNet": 4}, blocks=3,
-                  steps=10_000, batch=100, lr=0.012, test=10_000, **SHARED),
+                  steps=10_000, lr=0.012, lr_noise=0.04, test=10_000, **SHARED),
 }
 UNIFORM = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 # The cells: models at n_models and betas; corruptions at n and beta; real and random at other_n.
