@@ -280,6 +280,8 @@ def plot(ok, args):
             plot_points(ax, summarise(free, "beta", key + kind), marker + "-", label=name)
         nats_ax.plot([max(row["nats"], 1e-3) for row in free],
                      [row["test_error" + kind] for row in free], marker, ms=4, label=name)
+    collapsed = [row["test_error"] for row in free if row["nats"] < 1e-3]
+    nats_ax.plot([1e-3] * len(collapsed), collapsed, "ko", ms=14, mfc="none", label="collapsed")
     for cap, marker in ((0.0, "o--"), (-2.0, "D:")):
         plot_points(beta_ax, summarise(ok_rows(beta, cap=cap), "beta", "test_error"), marker,
                     color="C0", mfc="w", label=f"mean weights, log α ≤ {cap:g}")
