@@ -264,7 +264,7 @@ def test_to_stochastic_keeps_every_option_of_a_layer():
     assert model[0] is model[2] and len(list(model.parameters())) == 3
     assert model[0].local and not to_stochastic(nn.Conv2d(1, 1, 1)).local
     tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    tied[1].weight = tied[0].weight  # counted once, with one noise
+    tied[1].weight = tied[0].weight  # counted once
     once = to_stochastic(tied)[0].information().item()
     assert tied[0].log_sigma2 is tied[1].log_sigma2
     assert weight_information(tied).item() == pytest.approx(once)
@@ -369,8 +369,8 @@ def test_on_a_gpu_with_information_is_a_graph_over_a_copy_of_the_batch(monkeypat
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda both, args: (both, args))
     batch = argparse.Namespace(device=torch.device("cuda"), clone=lambda: "copy")
     both, args = with_information(net := to_stochastic(nn.Linear(2, 2)), batch)
-    assert args == ("copy",)  # a graph overwrites what it was captured with: the training images
-    assert {id(p) for p in both.parameters()} == {id(p) for p in net.parameters()}  # are optimised
+    assert args == ("copy",)  # a graph overwrites its input
+    assert {id(p) for p in both.parameters()} == {id(p) for p in net.parameters()}
     assert isinstance(with_information(net, batch, lambda net: 0), nn.Module)  # may be no graph
 
 
@@ -413,7 +413,7 @@ def celeba_arrays():
 def test_loaders_read_npz_files(tmp_path):
     arrays = cifar_arrays()
     labels = arrays["y_train"].ravel().tolist()
-    for y in (arrays["y_train"], arrays["y_train"].astype(">i4")):  # as Keras has it; big-endian
+    for y in (arrays["y_train"], arrays["y_train"].astype(">i4")):  # big-endian
         np.savez(tmp_path / "cifar10.npz", **arrays | {"y_train": y})
         x, y, x_test, _ = load_cifar10(tmp_path)
         assert x.shape == (4, 3, 32, 32) and x.dtype == torch.uint8 and len(x_test) == 2
@@ -982,8 +982,8 @@ FIG1 = {"SETTINGS": dict(width=1 / 16, steps=5, batch=40, lr=0.01, lr_noise=0.1,
 FIG2 = {"SETTINGS": dict(widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "ResNet": 1 / 8},
                          blocks=1, steps=6, batch=2000, lr=0.003, lr_noise=0.04, hold=0.6,
                          peak=0.5, test=100),
-        "GRID": dict(n_models=100, betas=(0.01, 10), n=100, beta=0.1, peak=0.5, other_n=(50,),
-                     uniform=(0, 0.5, 1), pair=(0.45,))}
+        "GRID": dict(n_models=100, betas=(0.01, 10), longer=(10,), n=100, beta=0.1, peak=0.5,
+                     other_n=(50,), uniform=(0, 0.5, 1), pair=(0.45,))}
 FIG3 = {"SETTINGS": dict(n=100, test=20, batch=50, width_steps=6, beta_steps=6, draws=2,
                          lr_sgd=0.05, lr=0.003, lr_noise=0.04, hold=0.6),
         "GRID": dict(widths=(1 / 96, 1 / 32, 1 / 24), decays=(0.001, 0.0), beta_width=1 / 32,
@@ -1151,10 +1151,11 @@ class Oracle:
         return loss
 
 
-CELLS = [("fig1_phase_transition", {"labels": "random", "n": 200, "beta": 0.1}, (0.02, 0.2)),
+CELLS = [("fig1_phase_transition", {"labels": "random", "n": 200, "beta": 0.1, "budget": 2},
+          (0.02, 0.2)),
          ("fig1_phase_transition", {"labels": "real", "n": 100, "beta": 0.1}, (1, 1))]
 CELLS += [("fig2_corrupted_labels", cell | {"n": 100, "beta": 0.1}, share) for cell, share in (
-    ({"panel": "models", "model": "ResNet"}, (0.02, 0.2)),
+    ({"panel": "models", "model": "ResNet", "budget": 2}, (0.02, 0.2)),
     ({"panel": "corruption", "corruption": 0.0}, (1, 1)),
     ({"panel": "corruption", "corruption": 0.5}, (0.4, 0.7)))]
 CELLS += [("fig3_width_beta", cell | {"width": 1 / 32}, (1, 1)) for cell in (
@@ -1188,6 +1189,7 @@ def test_what_nets_are_trained_and_measured_on(monkeypatch, tmp_path, script, ce
     assert row["train_acc"] == pytest.approx(row["train_acc_mean"], abs=1e-6)
     top = [s["lr_sgd"]] if "beta" not in cell else [s["lr"], s["lr_noise"]]
     assert rates[0] == pytest.approx([rate / 1000 for rate in top])
+    assert len(rates) == s.get("steps", 6) * cell.get("budget", 1)
     assert np.max(rates, 0) == pytest.approx(top) and rates[-1][0] < top[0]
     if true == (1, 1) and "beta" in cell:  # beta/n rises from 0
         assert oracle.losses[0] < 1e-6 and len(oracle.losses) == row.get("steps", len(rates))
@@ -1352,7 +1354,7 @@ def test_networks_have_the_sizes_they_claim():
 
     nets = [to_stochastic(net(1 / 16, 1)) for net in fig2.MODELS.values()]
     nets.append(to_stochastic(fig3.all_cnn(1 / 16)))
-    for model in (fig1.small_alexnet(1 / 16), *nets):  # every parameter is counted
+    for model in (fig1.small_alexnet(1 / 16), *nets):
         noisy = [m.weight.numel() for m in model.modules() if hasattr(m, "log_sigma2")]
         assert size(model) == sum(noisy)
     shifts = -64 - 64 - 384 - 192 - 10 + 64 + 384 + 192  # instead of biases
@@ -1388,12 +1390,13 @@ def fig2_verdicts(change=lambda row: row, scale="cpu"):
 
 
 def test_fig2_claims_can_hold_and_fail_and_stay_undecided():
-    def cell(**where):  # a change of the rows that have these values
+    def cell(**where):
         new = {key[4:]: where.pop(key) for key in list(where) if key.startswith("new_")}
         return lambda row: row | (new if where.items() <= row.items() else {})
 
     verdicts = fig2_verdicts()
     assert len(verdicts) == 13 and set(verdicts.values()) == {"yes"}
+    assert fig2_verdicts(cell(budget=2, new_information=1.0)) == verdicts
     assert len(fig2_verdicts(scale="demo")) == 6
     for part, change in (
             ("All-CNN: train error",
