@@ -1,7 +1,7 @@
 """Hysteresis: memorising and chance coexist over a range of beta, and a net stays where it is.
 
     python -m beyond.hysteresis --scale demo     # synthetic images, half a minute on 2 cores
-    python -m beyond.hysteresis --scale cpu      # CIFAR-10, 1/4 width, about 40 minutes on 2 cores
+    python -m beyond.hysteresis --scale cpu      # CIFAR-10, 1/4 width, about 2 hours on 2 cores
 
 Fig. 1 trains every net from the start. Here nets on random labels begin in one of two states:
   start = "memorised": memorise at the smallest beta; then raise beta in steps;
@@ -9,10 +9,10 @@ Fig. 1 trains every net from the start. Here nets on random labels begin in one 
                        same state (in small steps the net would drift at chance on the way).
 At each beta a net is trained for a fixed number of steps, with the whole learning-rate schedule,
 and measured with sampled weights and batch statistics, as in training. From this
-  beta_up     upper edge: where train accuracy falls through 55% as beta is raised;
-  beta_equal  where both branches have the same objective, cross-entropy + beta/N * I(w;D);
-  beta_down   lower edge: below it, the net at chance learns (train accuracy above 55%).
-Between beta_down and beta_equal chance is not the minimum of the objective, only hard to leave. So
+  beta_up    upper edge: where train accuracy falls through 55% as beta is raised;
+  beta*      the largest r of nets that have memorised: above it, memory costs more than chance;
+  beta_down  lower edge: below it, the net at chance learns (train accuracy above 55%).
+Between beta_down and beta* chance is not the minimum of the objective, only hard to leave. So
 beta_down is a number about time: it should rise with the steps per beta.
 """
 import copy
@@ -25,7 +25,7 @@ from common import (claim, complete_seeds, corrupt_labels, crossing, draw_subset
                     evaluate_as_trained, fmt, load_images, lr_factor, minibatches, new_figure,
                     normalise, ok_rows, param_groups, parse_args, per_seed, plot_points,
                     run_grid, save_figure, save_tables, summarise, weight_information)
-from fig1_phase_transition import DATASETS, small_alexnet
+from fig1_phase_transition import DATASETS, LOG10, small_alexnet
 
 # first: steps at the first beta of a branch. below: smaller betas, for the branch at chance only.
 BRANCH = dict(betas=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2),
@@ -38,7 +38,7 @@ SETTINGS = {
 }
 GRID = {  # steps: at each beta after the first
     "demo": dict(sizes=(100,), steps=(100, 300)),
-    "cpu": dict(sizes=(300, 1000), steps=(300, 1000)),
+    "cpu": dict(sizes=(300, 1000), steps=(300, 1000, 3000)),
     "paper": dict(sizes=(1000, 10_000), steps=(1000, 4000)),
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
@@ -104,30 +104,27 @@ def measure(model, batch, x, y):
 
 
 def by_beta(rows):
-    """One row per beta, with the objective, in place of one per branch."""
+    """One row per beta, with objective and r, in place of one per branch. r: 0 below 55%."""
     points = []
     for row in rows:
         values = zip(row["betas"], row["train_acc_batch"], row["cross_entropy_batch"], row["nats"])
         for beta, acc, cross_entropy, nats in values:
             points.append({"status": "ok", "start": row["start"], "beta": beta, "train_acc": acc,
-                           "objective": cross_entropy + beta * nats})
+                           "objective": cross_entropy + beta * nats,
+                           "r": (LOG10 - cross_entropy) / nats if acc >= 0.55 else 0.0})
     return points
 
 
 def edges(rows):
-    """(beta_down, beta_equal, beta_up) of one seed's two branches; nan for what is not there.
+    """(beta_down, beta*, beta_up) of one seed's two branches; nan for an edge that is not there.
 
-    beta_down is 0 if the net at chance learns at no beta measured. The objectives are compared
-    where one branch has memorised and the other has not.
+    beta_down is 0 if the net at chance learns at no beta measured.
     """
     branches = [ok_rows(by_beta(rows), start=start) for start in STARTS]
     up, down = (crossing(summarise(branch, "beta", "train_acc"), 0.55) for branch in branches)
     if max(p["train_acc"] for p in branches[1]) < 0.55:
         down = 0.0
-    memorised = {p["beta"]: p["objective"] for p in branches[0] if p["train_acc"] >= 0.55}
-    chance = {p["beta"]: p["objective"] for p in branches[1] if p["train_acc"] < 0.55}
-    gap = [(beta, chance[beta] - memorised[beta]) for beta in sorted(memorised.keys() & chance)]
-    return down, crossing(gap, 0.0), up
+    return down, max(p["r"] for p in branches[0]), up
 
 
 def make_cells(grid, **where):
@@ -157,13 +154,20 @@ def claims(rows, grid):
                 values = found[n, steps]
                 ours = " < ".join(map(shown, values.T))
                 table.append(claim(
-                    f"N = {n:,}, {steps:,} steps per β: β_down < β_equal < β_up < 1.05", "–",
-                    ours,
+                    f"N = {n:,}, {steps:,} steps per β: β_down < β* < β_up < 1.05", "–", ours,
                     (np.diff(values) > 0).all() and values[:, 2].max() < 1.05))
         both = complete_seeds(rows, make_cells(grid, n=n))
-        down = [per_seed(lambda rows: edges(rows)[0], ok_rows(both, steps=steps))
-                for steps in grid["steps"]]
-        if np.any(down):  # else it lies below the betas measured
+        if not both:
+            continue
+        down, *others = np.array([per_seed(edges, ok_rows(both, steps=steps))
+                                  for steps in grid["steps"]]).transpose(2, 0, 1)
+        moves = [np.diff(values, axis=0) for values in others]
+        table.append(claim(
+            f"N = {n:,}: stationary, more steps per β move β* and β_up by under 0.05", "–",
+            "; ".join(f"{name} by {', '.join(fmt(v, '{:.2f}') for v in move)}"
+                      for name, move in zip(("β*", "β_up"), moves)),
+            all(abs(v.mean()) < 0.05 for move in moves for v in move)))
+        if down.any():  # else it lies below the betas measured
             rise = np.diff(down, axis=0)
             spread = rise.std(1, ddof=1) if rise.shape[1] > 1 else 0
             table.append(claim(
@@ -176,7 +180,7 @@ def claims(rows, grid):
 
 def measured(rows, grid):
     """The edges for each N and steps per beta, over the seeds that have both branches."""
-    names = "β_down", "β_equal", "β_up"
+    names = "β_down", "β*", "β_up"
     return [{"N": n, "steps per β": steps, "seeds": len(values)}
             | {name: shown(column) for name, column in zip(names, values.T)}
             for (n, steps), values in all_edges(rows, grid).items()]
@@ -185,7 +189,7 @@ def measured(rows, grid):
 def plot(rows, grid, args):
     fig, axes = new_figure(2, len(grid["sizes"]), f"Hysteresis, {args.dataset}, {args.scale}")
     for n, (accuracy_ax, objective_ax) in zip(grid["sizes"], axes.T):
-        for steps, colour in zip(grid["steps"], ("C0", "C3")):
+        for steps, colour in zip(grid["steps"], ("C0", "C3", "C2")):
             for start, marker in zip(STARTS, (">-", "<:")):
                 points = by_beta(ok_rows(rows, n=n, steps=steps, start=start))
                 style = dict(color=colour, label=f"{start}, {steps:,} steps per β")

@@ -1,5 +1,6 @@
-"""The verdicts of Figs. 3 to 5, on both sides of each threshold."""
+"""The verdicts of Figs. 3 to 5 and of hysteresis, on both sides of each threshold."""
 import argparse
+import math
 
 import pytest
 
@@ -119,3 +120,27 @@ def test_fig5_claims_can_hold_and_fail(monkeypatch):
     assert verdicts(picture=0.67) == ["NO", "yes", "yes", "yes"]
     assert verdicts(attributes=0.59)[1] == verdicts(inside=0.39)[2] == "NO"
     assert verdicts(agreement=0.879)[3] == "NO"
+
+
+def test_hysteresis_claims_can_hold_and_fail():
+    from beyond import hysteresis
+    grid = dict(sizes=(300,), steps=(300, 1000))
+
+    def rows(cell, seed, down, star, up):  # where the branches cross 55%, and the largest r
+        betas = (0.01, 0.3, 0.4, 1.2)
+        edge = up if cell["start"] == "memorised" else down
+        acc = [0.55 + 0.45 * (1 if beta < edge else -1) for beta in betas]
+        return cell | dict(status="ok", seed=seed, betas=betas, train_acc_batch=acc,
+                           cross_entropy_batch=[1.0] * 4, nats=[(math.log(10) - 1) / star] * 4)
+
+    def verdicts(first, then):
+        cells = hysteresis.make_cells(grid)
+        made = [rows(cell, seed, *(first if cell["steps"] == 300 else then))
+                for cell in cells for seed in (0, 1)]
+        return [row["holds"] for row in hysteresis.claims(made, grid)]
+
+    assert verdicts((0.02, 0.5, 0.6), (0.35, 0.54, 0.6)) == ["yes"] * 4
+    assert verdicts((0.02, 0.5, 0.6), (0.35, 0.56, 0.6)) == ["yes", "yes", "NO", "yes"]
+    assert verdicts((0.02, 0.5, 0.6), (0.02, 0.5, 0.35)) == ["yes", "NO", "NO", "NO"]
+    assert verdicts((0.001, 0.5, 0.6), (0.001, 0.5, 1.3)) == ["yes", "NO", "NO"]
+    assert hysteresis.claims([], grid) == []
