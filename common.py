@@ -1194,8 +1194,9 @@ def save_figure(fig, args):
 
 
 def claim(sentence, paper, ours, holds):
-    """A row of the claims table; holds: bool."""
-    return {"claim": sentence, "paper": paper, "ours": ours, "holds": "yes" if holds else "NO"}
+    """A row of the claims table; holds: bool, or None for undecided."""
+    verdict = "undecided" if holds is None else "yes" if holds else "NO"
+    return {"claim": sentence, "paper": paper, "ours": ours, "holds": verdict}
 
 
 @_user_errors()

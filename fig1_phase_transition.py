@@ -13,9 +13,9 @@ below log 10, that of guessing, exactly while
 so beta* = max r is where memory ceases to pay. If I is the length of a code, r <= 1, and
 beta* -> 1 means that training finds an ideal code. Every parameter has noise and is counted.
 
-Protocol, chosen by the objective at N = 1,000, beta = 0.4 (paper: 10,000, 0.5) on another seed:
-Adam; rates held for 60% of the steps; beta as in beta_at. Training cross-entropy and accuracy:
-sampled weights, batch statistics, as in training.
+Protocol, chosen by the objective at N = 1,000, beta = 0.4 (--scale paper: 10,000, 0.5) on another
+seed: Adam; rates held for 60% of the steps; beta as in beta_at. Cross-entropy and accuracy on the
+training set: sampled weights, batch statistics, as in training.
 """
 import math
 

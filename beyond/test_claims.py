@@ -31,7 +31,7 @@ def test_fig3_claims_can_hold_and_fail(monkeypatch):
         return [row["holds"] for row in table]
 
     assert fig3_verdicts(monkeypatch, falling, u)[5]["ours"] == "33.0%, best 30.0%"  # one seed
-    for widest, plateau in ((19.49, "NO"), (19.51, "yes"), (21.49, "yes"), (21.51, "NO")):
+    for widest, plateau in ((19.49, "undecided"), (19.51, "yes"), (21.49, "yes"), (21.51, "NO")):
         assert verdicts({2: widest}, capped=32.9) == [plateau] + ["yes"] * 6
     assert verdicts({1: 29.51}, capped=32.9)[1] == "NO"
     for betas in ({0.01: 30.49}, {1.0: 30.49}, {0.1: 30.52}):
