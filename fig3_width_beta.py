@@ -7,7 +7,7 @@
 An All-CNN is trained on real labels without augmentation. Panel "width": plain weights. Panel
 "beta": one width, no weight decay, L = cross-entropy + beta/N * I(w;D). In the paper test error
 falls with width, then hardly rises; against beta it is a U (9.16% at 0.001, 8.06% at 0.03, 9.64% at
-100). Here: 46 to 32% with width; 43.4, 41.2, 90% at beta 0.001, 1, 100, for one sampled net no U.
+100). Here: 47 to 31% with width; 43.4, 41.2, 90% at beta 0.001, 1, 100, for one sampled net no U.
 
 Protocols, chosen by training loss or objective on a seed not in the grid. Width: SGD with Nesterov
 momentum, in bfloat16. Beta: Adam, every parameter with noise, beta raised from 0.
