@@ -1,7 +1,7 @@
 """Fig. 3: test error against the number of weights and, in the paper a U, against beta.
 
     python fig3_width_beta.py --scale demo     # synthetic images, 2 minutes on 2 cores
-    python fig3_width_beta.py --scale cpu      # 5,000 images of CIFAR-10, 7 hours on 2 cores
+    python fig3_width_beta.py --scale cpu      # 5,000 images of CIFAR-10, 8 hours on 2 cores
     python fig3_width_beta.py --gpu 0          # CIFAR-10, the paper's widths and 11 values of beta
 
 An All-CNN is trained on real labels without augmentation. Panel "width": plain weights. Panel
