@@ -214,8 +214,8 @@ def width_claims(rows, name):
         return "; ".join(f"×{width:g} {fmt(v, '{:.1f}%')}" for width, v in error.items())
     if max(error) > 1:  # wider than the paper's best
         table.append(claim(
-            f"{name}: a plateau, the widest net within 1.5 points of the best (undecided if best by "
-            "0.5)", "best 8.45%, widest 9.45%", text(error),
+            f"{name}: a plateau, the widest net within 1.5 points of the best (undecided if best "
+            "by 0.5)", "best 8.45%, widest 9.45%", text(error),
             last - min(others) <= 1.5 if decided else None))
     return table + [claim(
         f"{name}: test error falls by over 0.5 points with every doubling to ×{max(narrow):g}",
