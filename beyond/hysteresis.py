@@ -25,7 +25,7 @@ from common import (claim, complete_seeds, corrupt_labels, crossing, draw_subset
                     evaluate_as_trained, fmt, load_images, lr_factor, minibatches, new_figure,
                     normalise, ok_rows, param_groups, parse_args, per_seed, plot_points,
                     run_grid, save_figure, save_tables, summarise, weight_information)
-from fig1_phase_transition import DATASETS, LOG10, small_alexnet
+from fig1_phase_transition import DATASETS, add_derived, equilibrium, small_alexnet
 
 # first: steps at the first beta of a branch. below: smaller betas, for the branch at chance only.
 BRANCH = dict(betas=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2),
@@ -104,15 +104,16 @@ def measure(model, batch, x, y):
 
 
 def by_beta(rows):
-    """One row per beta, with objective and r, in place of one per branch. r: 0 below 55%."""
+    """One row per beta, with objective and Fig. 1's r, in place of one per branch."""
     points = []
     for row in rows:
         values = zip(row["betas"], row["train_acc_batch"], row["cross_entropy_batch"], row["nats"])
         for beta, acc, cross_entropy, nats in values:
-            points.append({"status": "ok", "start": row["start"], "beta": beta, "train_acc": acc,
-                           "objective": cross_entropy + beta * nats,
-                           "r": (LOG10 - cross_entropy) / nats if acc >= 0.55 else 0.0})
-    return points
+            points.append({"status": "ok", "labels": "random", "n": row["n"], "beta": beta,
+                           "start": row["start"], "train_acc_batch": acc,
+                           "cross_entropy_batch": cross_entropy, "information": nats * row["n"],
+                           "objective": cross_entropy + beta * nats})
+    return add_derived(points)
 
 
 def edges(rows):
@@ -121,10 +122,11 @@ def edges(rows):
     beta_down is 0 if the net at chance learns at no beta measured.
     """
     branches = [ok_rows(by_beta(rows), start=start) for start in STARTS]
-    up, down = (crossing(summarise(branch, "beta", "train_acc"), 0.55) for branch in branches)
-    if max(p["train_acc"] for p in branches[1]) < 0.55:
+    up, down = (crossing(summarise(branch, "beta", "train_acc_batch"), 0.55)
+                for branch in branches)
+    if max(p["train_acc_batch"] for p in branches[1]) < 0.55:
         down = 0.0
-    return down, max(p["r"] for p in branches[0]), up
+    return down, equilibrium(branches[0]), up
 
 
 def make_cells(grid, **where):
@@ -193,8 +195,8 @@ def plot(rows, grid, args):
             for start, marker in zip(STARTS, (">-", "<:")):
                 points = by_beta(ok_rows(rows, n=n, steps=steps, start=start))
                 style = dict(color=colour, label=f"{start}, {steps:,} steps per β")
-                plot_points(accuracy_ax, summarise(points, "beta", "train_acc"), marker, **style)
-                plot_points(objective_ax, summarise(points, "beta", "objective"), marker, **style)
+                for ax, key in ((accuracy_ax, "train_acc_batch"), (objective_ax, "objective")):
+                    plot_points(ax, summarise(points, "beta", key), marker, **style)
         accuracy_ax.axvline(1, color="k", ls="--", lw=1)
         accuracy_ax.set(xscale="log", xlabel="β", ylabel="train accuracy",
                         title=f"random labels, N = {n:,} (dashed: β = 1)")
