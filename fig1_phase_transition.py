@@ -42,15 +42,15 @@ SETTINGS = {
 BETAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 2.0, 3.0)
 REAL_BETAS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.2, 2.0, 4.0, 10.0)
 SIZES = (100, 300, 1000, 3000)
-# The cells. `extra`: of seed 0, with a budget, a multiple of the steps.
+# Cells. `extra`: seed 0, with a budget, a multiple of the steps.
 GRID = {
     "demo": dict(sizes=(100,), random=(0.1, 0.3, 0.5, 0.8, 1.3), real=(), extra=[]),
     "cpu": dict(sizes=SIZES, random=BETAS, real=REAL_BETAS, extra=[
-        {"labels": "random", "seed": 0} | cell for cell in (
-            *({"n": n, "beta": beta, "budget": budget} for n in SIZES
-              for beta in (0.7, 0.8, 0.9, 1.0) for budget in (0.5, 2, 4)),
-            *({"n": 10_000, "beta": beta, "budget": 2, "peak": 0.5}
-              for beta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)))]),
+        *({"labels": "random", "n": n, "beta": beta, "seed": 0, "budget": budget} for n in SIZES
+          for beta in (0.7, 0.8, 0.9, 1.0) for budget in (0.5, 2, 4)),
+        *({"labels": labels, "n": 10_000, "beta": beta, "seed": 0, "budget": 2, "peak": 0.5}
+          for labels in ("random", "real")
+          for beta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.2, 2.0))]),
     "paper": dict(sizes=(*SIZES, 10_000, 30_000, 50_000), random=BETAS, real=REAL_BETAS, extra=[]),
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
@@ -195,7 +195,7 @@ def claims(random, real, ok, grid):
             "{:.3f}")
         table.append(claim("random labels: r ≤ 1, as for any code", "–",
                            f"largest {largest:.2f}", largest <= 1))
-        if len(sizes) > 1:  # the demo is too short for these
+        if len(sizes) > 1:  # not in the demo
             add("random labels: β*, where memory ceases to pay, is between 0.7 and 1",
                 "1 (theory)", star, lambda v: 0.7 <= v <= 1)
             add(f"random labels: memory pays at every β < 1 measured (Sec. 7.1): β* > {below:g}",
@@ -223,7 +223,7 @@ def claims(random, real, ok, grid):
 
 
 def measured(ok):
-    """Means over the seeds."""
+    """Means over seeds."""
     columns = {"train": "train_acc_batch", "test": "test_acc", "objective": "objective",
                "cross-entropy": "cross_entropy_batch", "I/N": "nats", "r": "r"}
     return [dict(zip(("labels", "N", "β", "steps"), cell)) | {"seeds": len(rows)}
@@ -285,7 +285,7 @@ def plot(ok, args):
 
 
 def plot_map(ax, rows, key, title):
-    """One of the paper's panels."""
+    """A panel of the paper."""
     ax.set(xlabel="log₁₀ N", ylabel="log₁₀(β/N)", title=title, visible=bool(rows))
     cells = sorted({(row["n"], row["beta"]) for row in rows})
     value = [np.mean([row[key] for row in ok_rows(rows, n=n, beta=beta)]) for n, beta in cells]
