@@ -5,17 +5,17 @@
     python fig1_phase_transition.py --gpu 0          # CIFAR-10, the paper's width, N to 50,000
 
 A Small AlexNet is trained on N images with L = cross-entropy + beta/N * I(w;D). A net that
-memorises random labels ends with cross-entropy CE and information I. Its objective is
-below log 10, that of guessing, exactly while
+memorises random labels ends with cross-entropy CE and information I. Its L is below log 10,
+that of guessing, exactly while
 
-    beta < r,   r = (log 10 - CE) * N / I,   label nats memorised per nat in the weights,
+    beta < r,   r = (log 10 - CE) * N / I,   label nats memorised per nat of weights,
 
 so beta* = max r is where memory ceases to pay. If I is the length of a code, r <= 1, and
 beta* -> 1 means that training finds an ideal code. Every parameter has noise and is counted.
 
 Protocol, chosen by the objective at N = 1,000, beta = 0.4 (--scale paper: 10,000, 0.5) on another
 seed: Adam; rates held for 60% of the steps; beta as in beta_at. Cross-entropy and accuracy on the
-training set: sampled weights, batch statistics, as in training.
+training set: sampled weights, batch statistics.
 """
 import math
 
@@ -49,8 +49,8 @@ GRID = {
         *({"labels": "random", "n": n, "beta": beta, "seed": 0, "budget": budget} for n in SIZES
           for beta in (0.7, 0.8, 0.9, 1.0) for budget in (0.5, 2, 4)),
         *({"labels": labels, "n": 10_000, "beta": beta, "seed": 0, "budget": 2, "peak": 0.5}
-          for labels in ("random", "real")
-          for beta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.2, 2.0))]),
+          for labels, betas in (("random", (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)),
+                                ("real", (0.1, 0.5, 0.9, 1.2, 2.0))) for beta in betas)]),
     "paper": dict(sizes=(*SIZES, 10_000, 30_000, 50_000), random=BETAS, real=REAL_BETAS, extra=[]),
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
@@ -130,7 +130,7 @@ def train_cell(cell, device, args, progress, information=weight_information, **c
     return {"steps": steps, "objective": objective, "information": nats} | measured
 
 
-# The paper's Fig. 1, digitised: beta at which train accuracy on random labels falls through 55%.
+# The paper's, digitised: beta where train accuracy on random labels falls through 55%.
 PAPER_CROSSING = {100: 1.3, 300: 0.49, 1000: 0.63, 3000: 0.74, 10_000: 0.60, 30_000: 0.33,
                   48_000: 0.29}
 LOG10 = math.log(10)  # nats of a random label
@@ -166,13 +166,13 @@ def claims(random, real, ok, grid):
         ours = "; ".join(f"N={n:,} {fmt(v, form)}" for n, v in values.items())
         table.append(claim(sentence, paper, ours, all(holds(np.mean(v)) for v in values.values())))
 
-    def by_size(function, rows):  # {N: one value per seed}
+    def by_size(function, rows):  # {N: value per seed}
         return {n: per_seed(function, ok_rows(rows, n=n)) for n in sizes if ok_rows(rows, n=n)}
 
-    def first(key, rows):  # {N: the value in each seed's only row}
+    def first(key, rows):  # {N: value of each seed's only row}
         return by_size(lambda rows: rows[0][key], rows)
 
-    def growth(rows, low, high):  # {high: exponents of information ~ N^exponent, beta = 0.1}
+    def growth(rows, low, high):  # {high: exponents of I ~ N^exponent, beta = 0.1}
         nats = first("information", ok_rows(rows, beta=0.1))
         return {high: np.log(nats[high] / nats[low]) / math.log(high / low)}
 

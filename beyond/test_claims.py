@@ -124,7 +124,6 @@ def test_fig5_claims_can_hold_and_fail(monkeypatch):
 
 def test_hysteresis_claims_can_hold_and_fail():
     from beyond import hysteresis
-    grid = dict(sizes=(300,), steps=(300, 1000))
 
     def rows(cell, seed, down, star, up):  # where the branches cross 55%, and the largest r
         betas = (0.01, 0.3, 0.4, 1.2)
@@ -133,14 +132,17 @@ def test_hysteresis_claims_can_hold_and_fail():
         return cell | dict(status="ok", seed=seed, betas=betas, train_acc_batch=acc,
                            cross_entropy_batch=[1.0] * 4, nats=[(math.log(10) - 1) / star] * 4)
 
-    def verdicts(first, then):
-        cells = hysteresis.make_cells(grid)
-        made = [rows(cell, seed, *(first if cell["steps"] == 300 else then))
-                for cell in cells for seed in (0, 1)]
+    def verdicts(*edges):
+        grid = dict(sizes=(300,), steps=(300, 1000, 3000)[:len(edges)])
+        of_steps = dict(zip(grid["steps"], edges))
+        made = [rows(cell, seed, *of_steps[cell["steps"]])
+                for cell in hysteresis.make_cells(grid) for seed in (0, 1)]
         return [row["holds"] for row in hysteresis.claims(made, grid)]
 
     assert verdicts((0.02, 0.5, 0.6), (0.35, 0.54, 0.6)) == ["yes"] * 4
     assert verdicts((0.02, 0.5, 0.6), (0.35, 0.56, 0.6)) == ["yes", "yes", "NO", "yes"]
     assert verdicts((0.02, 0.5, 0.6), (0.02, 0.5, 0.35)) == ["yes", "NO", "NO", "NO"]
+    for last, holds in ((0.69, "yes"), (0.71, "NO")):  # of three, the last two decide
+        assert verdicts((0.02, 0.5, 0.6), (0.2, 0.65, 0.7), (0.25, last, 0.72))[3] == holds
     assert verdicts((0.001, 0.5, 0.6), (0.001, 0.5, 1.3)) == ["yes", "NO", "NO"]
-    assert hysteresis.claims([], grid) == []
+    assert hysteresis.claims([], dict(sizes=(300,), steps=(300, 1000))) == []
