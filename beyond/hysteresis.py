@@ -43,6 +43,7 @@ GRID = {  # steps: at each beta after the first
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
 STARTS = ("memorised", "chance")
+EDGES = ("β_down", "β*", "β_up")
 
 
 def load_data(args):
@@ -117,15 +118,18 @@ def by_beta(rows):
 
 
 def edges(rows):
-    """(beta_down, beta*, beta_up) of one seed's two branches; nan for an edge that is not there.
+    """(beta_down, beta*, beta_up) of one seed's two branches.
 
-    beta_down is 0 if the net at chance learns at no beta measured.
+    beta_down is 0 if the net at chance learns at no beta measured, beta_up the largest of them if
+    none ends memory.
     """
     branches = [ok_rows(by_beta(rows), start=start) for start in STARTS]
     up, down = (crossing(summarise(branch, "beta", "train_acc_batch"), 0.55)
                 for branch in branches)
     if max(p["train_acc_batch"] for p in branches[1]) < 0.55:
         down = 0.0
+    if min(p["train_acc_batch"] for p in branches[0]) >= 0.55:
+        up = max(p["beta"] for p in branches[0])
     return down, equilibrium(branches[0]), up
 
 
@@ -183,15 +187,14 @@ def claims(rows, grid):
 
 def measured(rows, grid):
     """The edges for each N and steps per beta, over the seeds that have both branches."""
-    names = "β_down", "β*", "β_up"
     return [{"N": n, "steps per β": steps, "seeds": len(values)}
-            | {name: shown(column) for name, column in zip(names, values.T)}
+            | {name: shown(column) for name, column in zip(EDGES, values.T)}
             for (n, steps), values in all_edges(rows, grid).items()]
 
 
 def plot(rows, grid, args):
-    fig, axes = new_figure(2, len(grid["sizes"]), f"Hysteresis, {args.dataset}, {args.scale}")
-    for n, (accuracy_ax, objective_ax) in zip(grid["sizes"], axes.T):
+    fig, axes = new_figure(3, len(grid["sizes"]), f"Hysteresis, {args.dataset}, {args.scale}")
+    for n, (accuracy_ax, objective_ax, edges_ax) in zip(grid["sizes"], axes.T):
         for steps, colour in zip(grid["steps"], ("C0", "C3", "C2")):
             for start, marker in zip(STARTS, (">-", "<:")):
                 points = by_beta(ok_rows(rows, n=n, steps=steps, start=start))
@@ -202,7 +205,16 @@ def plot(rows, grid, args):
         accuracy_ax.set(xscale="log", xlabel="β", ylabel="train accuracy",
                         title=f"random labels, N = {n:,} (dashed: β = 1)")
         objective_ax.set(xscale="log", xlabel="β", ylabel="objective, nats per sample")
-        objective_ax.legend()
+        found = [dict(zip(EDGES, values), status="ok", steps=steps)
+                 for (size, steps), seeds in all_edges(rows, grid).items() if size == n
+                 for values in seeds]
+        for edge, marker in zip(EDGES, ("<:", "o-", ">--")):
+            points = [point for point in summarise(found, "steps", edge) if point[1]]
+            plot_points(edges_ax, points, marker, color="k", label=edge)
+        edges_ax.axhline(1, color="k", ls="--", lw=1)
+        edges_ax.set(xscale="log", xlabel="steps per β", ylabel="β at the edges", ylim=(0, 1.3))
+        edges_ax.legend()
+    axes[0, -1].legend()
     save_figure(fig, args)
 
 

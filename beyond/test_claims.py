@@ -142,6 +142,7 @@ def test_hysteresis_claims_can_hold_and_fail():
     assert verdicts((0.02, 0.5, 0.6), (0.35, 0.54, 0.6)) == ["yes"] * 4
     assert verdicts((0.02, 0.5, 0.6), (0.35, 0.56, 0.6)) == ["yes", "yes", "NO", "yes"]
     assert verdicts((0.02, 0.5, 0.6), (0.02, 0.5, 0.35)) == ["yes", "NO", "NO", "NO"]
+    assert verdicts((0.02, 0.5, 0.6), (0.02, 0.5, 1.3))[1:3] == ["NO", "NO"]  # memory never ends
     for last, holds in ((0.69, "yes"), (0.71, "NO")):  # of three, the last two decide
         assert verdicts((0.02, 0.5, 0.6), (0.2, 0.65, 0.7), (0.25, last, 0.72))[3] == holds
     assert verdicts((0.001, 0.5, 0.6), (0.001, 0.5, 1.3)) == ["yes", "NO", "NO"]
