@@ -12,8 +12,8 @@ and measured with sampled weights and batch statistics, as in training. From thi
   beta_up    upper edge: where train accuracy falls through 55% as beta is raised;
   beta*      the largest r of nets that have memorised: above it, memory costs more than chance;
   beta_down  lower edge: below it, the net at chance learns (train accuracy above 55%).
-Between beta_down and beta* chance is not the minimum of the objective, only hard to leave. So
-beta_down is a number about time: it should rise with the steps per beta.
+Between beta_down and beta* chance is not the minimum of the objective, only hard to leave. If time
+is what lacks there, beta_down rises with the steps per beta.
 """
 import copy
 
