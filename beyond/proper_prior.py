@@ -1,4 +1,4 @@
-"""Is r <= 1 a theorem? Not with the log-uniform prior, whose constant is free; with a proper one.
+"""Is r <= 1 a theorem? Not with the log-uniform prior, of a free constant; with a proper one, yes.
 
     python -m beyond.proper_prior --scale demo     # synthetic images, under a minute on 2 cores
     python -m beyond.proper_prior --scale cpu      # CIFAR-10, 15 minutes on 2 cores
