@@ -172,7 +172,7 @@ def claims(rows, grid):
             f"N = {n:,}: stationary, {' to '.join(f'{s:,}' for s in grid['steps'][-2:])} steps "
             "per β move β* and β_up by under 0.05", "–",
             "; ".join(f"{name} by {', '.join(fmt(v, '{:.2f}') for v in move)}"
-                      for name, move in zip(("β*", "β_up"), moves)),
+                      for name, move in zip(EDGES[1:], moves)),
             all(abs(move[-1].mean()) < 0.05 for move in moves)))
         if down.any():  # else it lies below the betas measured
             rise = np.diff(down, axis=0)
@@ -193,6 +193,7 @@ def measured(rows, grid):
 
 
 def plot(rows, grid, args):
+    found = all_edges(rows, grid)
     fig, axes = new_figure(3, len(grid["sizes"]), f"Hysteresis, {args.dataset}, {args.scale}")
     for n, (accuracy_ax, objective_ax, edges_ax) in zip(grid["sizes"], axes.T):
         for steps, colour in zip(grid["steps"], ("C0", "C3", "C2")):
@@ -205,11 +206,10 @@ def plot(rows, grid, args):
         accuracy_ax.set(xscale="log", xlabel="β", ylabel="train accuracy",
                         title=f"random labels, N = {n:,} (dashed: β = 1)")
         objective_ax.set(xscale="log", xlabel="β", ylabel="objective, nats per sample")
-        found = [dict(zip(EDGES, values), status="ok", steps=steps)
-                 for (size, steps), seeds in all_edges(rows, grid).items() if size == n
-                 for values in seeds]
+        seeds = [dict(zip(EDGES, values), status="ok", steps=steps)
+                 for steps in grid["steps"] for values in found.get((n, steps), ())]
         for edge, marker in zip(EDGES, ("<:", "o-", ">--")):
-            points = [point for point in summarise(found, "steps", edge) if point[1]]
+            points = [point for point in summarise(seeds, "steps", edge) if point[1]]
             plot_points(edges_ax, points, marker, color="k", label=edge)
         edges_ax.axhline(1, color="k", ls="--", lw=1)
         edges_ax.set(xscale="log", xlabel="steps per β", ylabel="β at the edges", ylim=(0, 1.3))

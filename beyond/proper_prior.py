@@ -1,4 +1,4 @@
-"""Is r <= 1 a theorem? Not with the log-uniform prior, of a free constant; with a proper one, yes.
+"""Is r <= 1 a theorem? With a proper prior it is; the log-uniform one leaves a constant free.
 
     python -m beyond.proper_prior --scale demo     # synthetic images, under a minute on 2 cores
     python -m beyond.proper_prior --scale cpu      # CIFAR-10, 15 minutes on 2 cores
