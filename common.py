@@ -4,9 +4,14 @@ Disentanglement in Deep Representations" (JMLR 2018, arXiv 1706.01350). Informat
 Each of the five sections also runs alone when pasted under this import block.
 """
 import argparse
+import ast
 import contextlib
+import copy
 import ctypes
 import functools
+import hashlib
+import inspect
+import io
 import json
 import math
 import multiprocessing
@@ -15,8 +20,10 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+import tokenize
 import warnings
 from concurrent import futures
 from pathlib import Path
@@ -25,18 +32,56 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
-from torch.optim.swa_utils import update_bn
 
 # Adam's moments of pruned weights decay into denormals, which slow a CPU several times.
 torch.set_flush_denormal(True)
 
 # === 1. Stochastic layers =================================
-# w = w_mean * eps, eps ~ N(1, alpha) or log eps ~ N(-alpha/2, alpha), a learned alpha per weight.
-# The parameter is log sigma^2 = log alpha + log w_mean^2: a step of the mean keeps the noise.
+# w = w_mean * eps, with an alpha learned for every weight. The parameter is
+# log sigma^2 = log alpha + log w_mean^2, so that a step of the mean keeps the noise.
 
 EPS = 1e-16  # added to w^2 before its logarithm, as a weight can be zero
 MAX_LOG_SIGMA2 = 20.0  # far beyond any useful noise
+
+# Molchanov et al. 2017 (arXiv 1701.05369), eq. 14
+K1, K2, K3 = 0.63576, 1.87320, 1.48695
+
+
+def gaussian_kl(log_alpha):
+    """KL of a weight with noise N(1, alpha) from the log-uniform prior, nats; 0 at alpha = inf."""
+    return K1 - K1 * torch.sigmoid(K2 + K3 * log_alpha) + 0.5 * F.softplus(-log_alpha)
+
+
+def log_normal_kl(log_alpha, max_log_alpha):
+    """The same for log eps ~ N(-alpha/2, alpha) (Prop. 4.1), nats; 0 at the largest alpha."""
+    return 0.5 * (max_log_alpha - log_alpha)
+
+
+def draw_weight(weight, log_sigma2, noise="gaussian"):
+    """One draw from q(w|D) of weights with these means: a tensor like weight."""
+    normal = torch.randn(weight.shape, dtype=weight.dtype, device=weight.device)
+    if noise == "gaussian":  # eps ~ N(1, alpha)
+        return torch.addcmul(weight, _CappedExp.apply(log_sigma2, 0.5).to(normal), normal)
+    alpha = _log_normal_alpha(weight, log_sigma2)
+    log_eps = (alpha + 1e-30).sqrt() * normal - 0.5 * alpha
+    return weight * torch.exp(log_eps).to(weight.dtype)
+
+
+def draw_outputs(linear, x, weight, bias, log_sigma2, noise="gaussian"):
+    """linear(x, w, bias) with another draw of w for every output: local reparameterisation.
+
+    The outputs are Gaussian, of the right mean and variance (Kingma et al. 2015). noise:
+    "gaussian", or "lognormal" with alpha, its variance expm1(alpha).
+    """
+    with torch.autocast(x.device.type, enabled=False):  # squares overflow half precision
+        if noise == "gaussian":
+            variance = _CappedExp.apply(_at_least_float32(log_sigma2), 1.0)
+        else:
+            alpha = _log_normal_alpha(weight, log_sigma2)
+            variance = _at_least_float32(weight) ** 2 * torch.expm1(alpha)
+        x_wide = _at_least_float32(x)
+        variance = linear(x_wide * x_wide, variance, None)
+    return _GaussianNoise.apply(linear(x, weight, bias), variance)
 
 
 def _at_least_float32(tensor):
@@ -45,6 +90,18 @@ def _at_least_float32(tensor):
 
 def _log_square(weight):
     return torch.log(_at_least_float32(weight) ** 2 + EPS)
+
+
+def _log_square_or_scale(weight):
+    """log w^2; where w = 0, which has no noise of its own, that of the layer's scale."""
+    square = _at_least_float32(weight) ** 2
+    usual = 1 / (3 * max(1, weight.shape[1:].numel()))  # of torch's own initialisation
+    scale = torch.where((square > 0).any(), square.mean(), usual)
+    return torch.log(torch.where(square == 0, scale, square) + EPS)
+
+
+def _log_normal_alpha(weight, log_sigma2):
+    return torch.exp(_at_least_float32(log_sigma2) - _log_square(weight))
 
 
 class _CappedExp(torch.autograd.Function):
@@ -72,22 +129,16 @@ class _GaussianNoise(torch.autograd.Function):
         noise = torch.randn(std.numel(), dtype=std.dtype, device=std.device)
         noise = noise.as_strided(std.shape, std.stride())
         sample = torch.addcmul(mean, std.to(mean.dtype), noise.to(mean.dtype))
-        ctx.save_for_backward(noise.div_(std).mul_(0.5))
+        ctx.save_for_backward(noise.div_(std).mul_(0.5), variance)
         return sample
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        return grad, grad * ctx.saved_tensors[0]
-
-
-# Molchanov et al. 2017 (arXiv 1701.05369), eq. 14
-K1, K2, K3 = 0.63576, 1.87320, 1.48695
-
-
-def gaussian_kl(log_alpha):
-    """KL of a weight with noise N(1, alpha) from the log-uniform prior, nats; 0 at alpha = inf."""
-    return K1 - K1 * torch.sigmoid(K2 + K3 * log_alpha) + 0.5 * F.softplus(-log_alpha)
+        slope, variance = ctx.saved_tensors
+        if torch.is_grad_enabled():  # under create_graph: the slope as a function of variance
+            std = (variance + 1e-12).sqrt()
+            slope = slope * std.detach() / std
+        return grad, grad * slope
 
 
 class _GaussianKL(torch.autograd.Function):
@@ -100,20 +151,24 @@ class _GaussianKL(torch.autograd.Function):
         total = torch.exp(s).add_(w2)  # 1 + 1/alpha = total / sigma^2
         k = torch.log(w2).sub_(s).mul_(-K3).add_(K2).sigmoid_()
         kl = K1 * (w.numel() - k.sum()) + 0.5 * torch.log(total).sub_(s).sum()
-        grad = k.addcmul_(k, k, value=-1).mul_(-K1 * K3)
-        grad.sub_(w2 / total, alpha=0.5)
-        ctx.save_for_backward(torch.mul(w, grad).div_(w2), grad)
+        slope = k.addcmul_(k, k, value=-1).mul_(-K1 * K3)
+        slope.sub_(w2 / total, alpha=0.5)
+        ctx.save_for_backward(torch.mul(w, slope).div_(w2), slope, weight, log_sigma2)
         return kl
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        grad_weight, grad_log_sigma2 = ctx.saved_tensors
-        return grad_weight * (-2 * grad), grad_log_sigma2 * grad
+        weight_slope, slope, weight, log_sigma2 = ctx.saved_tensors
+        if torch.is_grad_enabled():  # under create_graph: the slopes as functions of both
+            w, log_alpha = _at_least_float32(weight), log_sigma2 - _log_square(weight)
+            k = torch.sigmoid(K2 + K3 * log_alpha)
+            slope = -K1 * K3 * k * (1 - k) - 0.5 * torch.sigmoid(-log_alpha)
+            weight_slope = slope * w / (w**2 + EPS)
+        return weight_slope * (-2 * grad), slope * grad
 
 
 class _StochasticWeight:
-    """Shared by StochasticLinear and StochasticConv2d: noise on `weight`, and its information."""
+    """Shared by the stochastic layers: noise on `weight`, and its information."""
 
     sampling = None  # draw noise? None: in train() only. Set by sample_weights().
 
@@ -129,8 +184,16 @@ class _StochasticWeight:
             max_log_alpha = 1.0
         self.noise, self.max_log_alpha = noise, max_log_alpha
         self.local = isinstance(self, nn.Linear) if local is None else local
-        self.log_sigma2 = nn.Parameter(torch.empty_like(self.weight))
+        trained = self.weight.requires_grad
+        self.log_sigma2 = nn.Parameter(torch.empty_like(self.weight), requires_grad=trained)
+        self._initial_log_alpha = log_alpha
         self.log_alpha = log_alpha
+
+    def _make_plain(self):
+        """Be the plain layer again, in place, with the present weights."""
+        for name in ("log_sigma2", "noise", "local", "max_log_alpha", "_initial_log_alpha"):
+            delattr(self, name)
+        self.__class__ = next(c for c in type(self).__mro__ if not issubclass(c, _StochasticWeight))
 
     @property
     def log_alpha(self):
@@ -141,7 +204,7 @@ class _StochasticWeight:
     @log_alpha.setter
     def log_alpha(self, value):
         with torch.no_grad():
-            self.log_sigma2.copy_(value + _log_square(self.weight))
+            self.log_sigma2.copy_(value + _log_square_or_scale(self.weight))
 
     def _capped_log_sigma2(self):
         """log sigma^2 under the cap on log alpha, which lets the gradient of log sigma^2 pass."""
@@ -157,43 +220,51 @@ class _StochasticWeight:
         alpha (infinity, or the cap) holds zero nats. Gaussian: to 0.0095 nats and 3.5%.
         """
         if self.noise == "lognormal":
-            return 0.5 * (self.max_log_alpha - self.log_alpha).sum()
+            return log_normal_kl(self.log_alpha, self.max_log_alpha).sum()
         kl = _GaussianKL.apply(self.weight, self._capped_log_sigma2())
         if self.max_log_alpha is None:
             return kl
         at_cap = gaussian_kl(torch.tensor(float(self.max_log_alpha)))
         return kl - self.weight.numel() * at_cap.item()
 
+    def sample_weight(self):
+        """One draw of the weights from q(w|D): a tensor like weight."""
+        return draw_weight(self.weight, self._capped_log_sigma2(), self.noise)
+
     def _apply_noisy(self, linear, x):
         """linear(x, weight, bias), the layer's own map, with noise on the weights if it is on."""
         if not (self.training if self.sampling is None else self.sampling):
             return linear(x, self.weight, self.bias)
-        log_sigma2 = self._capped_log_sigma2()
-        if self.noise == "lognormal":
-            alpha = torch.exp(_at_least_float32(log_sigma2) - _log_square(self.weight))
         if self.local:
-            with torch.autocast(x.device.type, enabled=False):  # squares overflow half precision
-                if self.noise == "gaussian":
-                    variance = _CappedExp.apply(_at_least_float32(log_sigma2), 1.0)
-                else:
-                    variance = _at_least_float32(self.weight) ** 2 * torch.expm1(alpha)
-                wide = _at_least_float32(x)
-                variance = linear(wide * wide, variance, None)
-            return _GaussianNoise.apply(linear(x, self.weight, self.bias), variance)
-        noise = torch.randn(self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
-        if self.noise == "gaussian":
-            weight = torch.addcmul(self.weight, _CappedExp.apply(log_sigma2, 0.5).to(noise), noise)
-        else:
-            log_eps = (alpha + 1e-30).sqrt() * noise - 0.5 * alpha
-            weight = self.weight * torch.exp(log_eps).to(self.weight.dtype)
-        return linear(x, weight, self.bias)
+            log_sigma2 = self._capped_log_sigma2()
+            return draw_outputs(linear, x, self.weight, self.bias, log_sigma2, self.noise)
+        return linear(x, self.sample_weight(), self.bias)
+
+    def __getstate__(self):
+        """Copies and pickles made within sample_weights() start clean."""
+        return {name: value for name, value in vars(self).items() if name != "sampling"}
+
+    def get_extra_state(self):
+        """What the state needs to mean as many nats: the kind of noise and its cap, a tensor."""
+        cap = math.inf if self.max_log_alpha is None else self.max_log_alpha
+        return torch.tensor([self.noise == "lognormal", cap])
+
+    def set_extra_state(self, state):
+        log_normal, cap = state.tolist()
+        self.noise = "lognormal" if log_normal else "gaussian"
+        self.max_log_alpha = None if cap == math.inf else cap
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A checkpoint of the plain layer has no noise: keep this layer's log alpha."""
         weight = state_dict.get(prefix + "weight")
         if weight is not None and weight.shape == self.weight.shape:
-            log_sigma2 = self.log_alpha.detach() + _log_square(weight.to(self.weight))
+            log_alpha = self._initial_log_alpha
+            if not self.weight.is_meta:
+                log_alpha = _at_least_float32(self.log_sigma2) - _log_square_or_scale(self.weight)
+                weight = weight.to(self.weight)
+            log_sigma2 = (log_alpha + _log_square_or_scale(weight)).detach()
             state_dict.setdefault(prefix + "log_sigma2", log_sigma2.to(self.log_sigma2.dtype))
+            state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -204,11 +275,19 @@ class StochasticLinear(_StochasticWeight, nn.Linear):
     et al. 2015), pre-activations independent for every example and token (log-normal: mean and
     variance are matched); False: one weight per forward. log_alpha=-6: initial value;
     max_log_alpha: its cap (None: 1 if log-normal, else no cap), above which log_sigma2 may rise.
-    train() draws noise, eval() uses the means. ValueError: unknown noise.
+    train() draws noise, eval() uses the means. A weight that is read past its layer, as in
+    F.linear(x, layer.weight), is counted and has no noise. ValueError: unknown noise.
     """
 
-    def forward(self, x):
-        return self._apply_noisy(F.linear, x)
+    def forward(self, input):
+        return self._apply_noisy(F.linear, input)
+
+
+class StochasticConv1d(_StochasticWeight, nn.Conv1d):
+    """nn.Conv1d with the options of StochasticLinear, local=False by default."""
+
+    def forward(self, input):
+        return self._apply_noisy(self._conv_forward, input)
 
 
 class StochasticConv2d(_StochasticWeight, nn.Conv2d):
@@ -217,66 +296,149 @@ class StochasticConv2d(_StochasticWeight, nn.Conv2d):
     local=True costs a second convolution and takes the noise at all positions as independent.
     """
 
-    def forward(self, x):
-        return self._apply_noisy(self._conv_forward, x)
+    def forward(self, input):
+        return self._apply_noisy(self._conv_forward, input)
+
+
+class StochasticConv3d(_StochasticWeight, nn.Conv3d):
+    """nn.Conv3d with the options of StochasticLinear, local=False by default."""
+
+    def forward(self, input):
+        return self._apply_noisy(self._conv_forward, input)
+
+
+STOCHASTIC = {nn.Linear: StochasticLinear, nn.Conv1d: StochasticConv1d,
+              nn.Conv2d: StochasticConv2d, nn.Conv3d: StochasticConv3d}
 
 
 def to_stochastic(module, *, skip=(), **options):
-    """Turn every nn.Linear and nn.Conv2d of a model into its stochastic twin, in place; return it.
+    """Turn every nn.Linear and nn.Conv1d to 3d of a model stochastic, in place; return the model.
 
-    skip: names, as in named_modules(), of layers or blocks to leave alone; ValueError for an
-    unknown one. options: those of StochasticLinear. Subclasses of these two stay plain. Tied
-    weights share their noise; an nn.Embedding tied to one reads it without: skip that layer.
-    Initialise weights before: sigma is stored, not alpha.
+    skip: names, as in named_modules() or named_parameters(), to leave alone; ValueError for an
+    unknown one. A warning names the weights, parameters of two or more dimensions, that stay plain
+    without being skipped: those of other layers, and of subclasses. options: of StochasticLinear.
+    Tied weights share their noise. Initialise weights before, as sigma is stored, not alpha; make
+    the optimiser after, or it does not train the noise.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     layers = dict(module.named_modules(remove_duplicate=False))
-    if unknown := set(skip) - set(layers):
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    if unknown := set(skip) - set(layers) - set(parameters):
         raise ValueError(f"skip names {unknown}, which the model does not have")
-    spared = {m for name in skip for m in layers[name].modules()}
-    twins, noise = {nn.Linear: StochasticLinear, nn.Conv2d: StochasticConv2d}, {}
+    spared = {m for name in skip if name in layers for m in layers[name].modules()}
+    spared_parameters = [parameters[name] for name in skip if name in parameters]
+    noise = {}
     for layer in layers.values():
-        if type(layer) in twins and layer not in spared:
-            layer.__class__ = twins[type(layer)]  # the same object, wherever it is held
+        weight = layer._parameters.get("weight")  # not that of a hook, such as weight_norm's
+        skipped = layer in spared or any(weight is p for p in spared_parameters)
+        if type(layer) in STOCHASTIC and weight is not None and not skipped:
+            layer.__class__ = STOCHASTIC[type(layer)]  # the same object, wherever it is held
             layer._make_stochastic(**options)
-            layer.log_sigma2 = noise.setdefault(layer.weight, layer.log_sigma2)
+            layer.log_sigma2 = noise.setdefault(weight, layer.log_sigma2)
+    _warn_of_plain_weights(layers, spared, spared_parameters)
     return module
 
 
+def _warn_of_plain_weights(layers, spared, spared_parameters):
+    """Name the weights without noise, but the spared ones, and their share of all weights."""
+    plain, sizes, sizes_plain = [], {}, {}
+    for prefix, layer in layers.items():
+        weights = dict(layer.named_parameters(recurse=False))
+        if inspect.ismethod(getattr(layer, "weight", None)):  # a quantised layer
+            weights["weight"] = layer.weight()
+        for name, weight in weights.items():
+            lazy = nn.parameter.is_lazy(weight)
+            if name in ("log_sigma2", "bias") or not lazy and weight.dim() < 2:
+                continue
+            size = 0 if lazy else weight.numel()
+            sizes[id(weight)] = size
+            stochastic = isinstance(layer, _StochasticWeight)
+            if not stochastic and layer not in spared and not any(
+                    weight is p for p in spared_parameters):
+                plain.append(f"{prefix}.{name}".lstrip("."))
+                sizes_plain[id(weight)] = size
+    if plain:
+        share = sum(sizes_plain.values()) / max(1, sum(sizes.values()))
+        warnings.warn(f"{share:.1%} of the weights stay without noise and are not counted "
+                      f"(skip= silences a name): {', '.join(plain)}", stacklevel=3)
+
+
 @contextlib.contextmanager
-def sample_weights(model, draw=True):
-    """A context in which stochastic layers draw noise in any mode; draw=False: use the means."""
+def sample_weights(model):
+    """A context in which stochastic layers draw noise in any mode, for activations z ~ p(z|x)."""
     before = {m: m.sampling for m in model.modules() if isinstance(m, _StochasticWeight)}
     try:
         for m in before:
-            m.sampling = draw
+            m.sampling = True
         yield model
     finally:
         for m, sampling in before.items():
             m.sampling = sampling
 
 
-@contextlib.contextmanager
-def bn_recalibrated(model, batches, draw):
-    """A context with the model in eval() and batch-norm statistics of these batches, then restored.
+def sampled_network(model):
+    """A plain deep copy of a model whose weights are one draw from q(w|D): no noise is left.
 
-    draw: sample the weights, for each batch anew, or use the means.
+    Modes are kept: call eval(). Its batch-norm statistics are still the model's: see
+    recalibrate_bn. Tied weights are drawn once.
     """
-    modes = [(m, m.training) for m in model.modules()]
-    momenta = {m: m.momentum for m in model.modules() if "momentum" in vars(m)}
-    running = {name: statistic.clone() for name, statistic in model.state_dict().items()
-               if "running_" in name or "num_batches_tracked" in name}
+    return _plain_copy(model, draw=True)
+
+
+def mean_network(model):
+    """A plain deep copy of a model, with the means of its weights; else as sampled_network."""
+    return _plain_copy(model, draw=False)
+
+
+@torch.no_grad()
+def _plain_copy(model, draw):
+    net, drawn = copy.deepcopy(model), set()
+    layers = [m for m in net.modules() if isinstance(m, _StochasticWeight)]
+    for layer in layers:
+        if draw and layer.weight not in drawn:
+            layer.weight.copy_(layer.sample_weight())
+        drawn.add(layer.weight)
+    for layer in layers:
+        layer._make_plain()
+    return net
+
+
+@torch.no_grad()
+def recalibrate_bn(net, x):
+    """Estimate the statistics of the batch-norm layers of a net from images x, in place; return it.
+
+    A layer in eval() within a net in train() is frozen and left. Dropout is off meanwhile.
+    ValueError without images.
+    """
+    if not len(x):
+        raise ValueError("no images to estimate the statistics of batch norm from")
+    modes = [(m, m.training) for m in net.modules()]
+    layers = {m: m.momentum for m in net.modules()
+              if isinstance(m, nn.modules.batchnorm._BatchNorm)
+              and m.running_mean is not None and (m.training or not net.training)}
+    seen = dict.fromkeys(layers, 0)
+
+    def weigh(layer, inputs):  # every part counts by its number of samples
+        seen[layer] += len(inputs[0])
+        layer.momentum = len(inputs[0]) / seen[layer]
+
+    hooks = [layer.register_forward_pre_hook(weigh) for layer in layers]
     try:
-        with sample_weights(model, draw):
-            update_bn(batches, model)
-            model.eval()
-            yield model
+        net.eval()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.train()
+        parts = math.ceil(len(x) / 500) if layers else 0
+        for part in range(parts):  # interleaved, as rows may be sorted by class; none is small
+            net(x[part::parts])
     finally:
-        for m, training in modes:
-            m.training = training
-        for m, momentum in momenta.items():  # update_bn() leaves None if a batch fails
-            m.momentum = momentum
-        model.load_state_dict(running, strict=False)
+        for hook in hooks:
+            hook.remove()
+        for layer, momentum in layers.items():
+            layer.momentum = momentum
+        for module, training in modes:
+            module.training = training
+    return net
 
 
 def param_groups(model, lr, lr_noise):
@@ -321,38 +483,29 @@ def predict(model, x):
 
 def accuracy(logits, labels):
     """Fraction of logits (n, classes) whose largest entry is at the label (n,): float."""
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(f"labels {tuple(labels.shape)}, logits {tuple(logits.shape)}: "
+                         "labels should be (n,)")
     return (logits.argmax(1) == labels).float().mean().item()
 
 
 @torch.no_grad()
-def evaluate(model, x, y, x_test, y_test):
-    """Accuracies, and nats per training sample, with recalibrated batch norm: dict of floats.
+def evaluate(model, x, y, x_test, y_test, draws=8):
+    """Accuracies, and nats per training sample, of networks with batch norm of their own: floats.
 
-    Of sampled weights, over at least 2,000 training images; *_mean and test_acc: of the means.
+    train_acc, cross_entropy, test_acc_sampled: of one sampled network, the mean over `draws` of
+    them; train_acc_mean, test_acc: of the mean network.
     """
-    passes = max(1, 2000 // len(x))
-    with bn_recalibrated(model, x.split(100) * passes, draw=True):
-        logits, labels = torch.cat([predict(model, x) for _ in range(passes)]), y.repeat(passes)
-        test_sampled = accuracy(predict(model, x_test), y_test)
-    with bn_recalibrated(model, x.split(100), draw=False):
-        return {"train_acc": accuracy(logits, labels),
-                "train_acc_mean": accuracy(predict(model, x), y),
-                "test_acc": accuracy(predict(model, x_test), y_test),
-                "test_acc_sampled": test_sampled,
-                "cross_entropy": F.cross_entropy(logits, labels).item()}
+    def measure(net):
+        recalibrate_bn(net, x).eval()
+        logits = predict(net, x)
+        return (accuracy(logits, y), F.cross_entropy(logits, y).item(),
+                accuracy(predict(net, x_test), y_test))
 
-
-@torch.no_grad()
-def evaluate_as_trained(model, batch, x, y):
-    """Accuracy and nats per sample with batch statistics and a new sample of weights per batch."""
-    batches, nats, right = minibatches(len(x), batch, x.device), [], []
-    model.train()
-    for _ in range(max(1, 4000 // len(x)) * max(1, len(x) // batch)):
-        index = next(batches)
-        logits = model(x[index])
-        nats.append(F.cross_entropy(logits, y[index]).item())
-        right.append(accuracy(logits, y[index]))
-    return {"train_acc_batch": float(np.mean(right)), "cross_entropy_batch": float(np.mean(nats))}
+    sampled = np.mean([measure(sampled_network(model)) for _ in range(draws)], 0).tolist()
+    train_acc_mean, _, test_acc = measure(mean_network(model))
+    return {"train_acc": sampled[0], "cross_entropy": sampled[1], "test_acc_sampled": sampled[2],
+            "train_acc_mean": train_acc_mean, "test_acc": test_acc}
 
 
 # === 2. Weight-IB loss ====================================
@@ -395,23 +548,32 @@ def with_information(model, x, information=weight_information):
     return torch.cuda.make_graphed_callables(both, (x.clone(),))  # batches are written into it
 
 
-def ib_loss(logits, target, model, beta, n):
+def ib_loss(logits, target, model, beta, n, *, attributes=False, information=weight_information):
     """Information Lagrangian per sample (eq. 3): cross-entropy + beta/n * I(w;D), nats.
 
-    logits: (batch, classes). target: classes (batch,), or 0/1 attributes like logits, whose nats
-    are summed; not probabilities of classes. n: number of training samples. Returns (loss,
-    cross_entropy, information), 0-d. ValueError if beta < 0 or n < 1, or without stochastic layers.
+    logits: (batch, classes). target: classes (batch,), as in F.cross_entropy; with attributes=True
+    0/1 like logits, whose nats are summed. n: number of training samples. information(model):
+    the penalty. Returns (loss, cross_entropy, information), 0-d. ValueError if beta < 0 or n < 1,
+    for other targets, or without stochastic layers.
     """
     if not (beta >= 0 and n >= 1):
         raise ValueError(f"beta={beta} must be >= 0 and n={n}, the number of samples, >= 1")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if target.shape == logits.shape:
-        nats = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="sum")
+    if attributes:
+        if target.shape != logits.shape or not ((target == 0) | (target == 1)).all():
+            raise ValueError(f"target {tuple(target.shape)} should be 0 or 1 for each of logits "
+                             f"{tuple(logits.shape)}")
+        target = target.to(logits.dtype)
+        nats = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
         cross_entropy = nats / len(logits)
     else:
-        cross_entropy = F.cross_entropy(logits, target)
-    information = weight_information(model)
-    return cross_entropy + beta / n * information, cross_entropy, information
+        expected = logits.shape[:1] + logits.shape[2:]
+        if target.shape != expected or target.is_floating_point() or target.dtype == torch.bool:
+            raise ValueError(f"target {target.dtype} {tuple(target.shape)} should be classes, "
+                             f"integers {tuple(expected)}; for 0/1 attributes: attributes=True")
+        cross_entropy = F.cross_entropy(logits, target.long())
+    nats = information(model)
+    return cross_entropy + beta / n * nats, cross_entropy, nats
 
 
 # === 3. Information estimators ============================
@@ -976,6 +1138,7 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
     head = {"figure": args.figure, "scale": args.scale, "dataset": args.dataset, "status": "ok",
             "device": "cpu" if on_cpu else torch.cuda.get_device_name(args.device),
             "torch": torch.__version__, "git": _git_revision(),
+            "code": training_code(train_cell, prepare),
             "settings": json.loads(json.dumps(settings or {}))}  # tuples are lists, as in the rows
 
     def key(row):
@@ -991,6 +1154,11 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
           f"{len(cells)} cells, {len(cells) - len(todo)} done, commit {head['git']}")
     if others := sum(row["settings"] != head["settings"] for row in found):
         print(f"{others} rows in {args.out} have other settings: left aside")
+    changed = [row for row in rows.values() if row.get("code") != head["code"]]
+    if changed:
+        commits = ", ".join(sorted({row["git"] for row in changed}))
+        print(f"{len(changed)} rows were trained by other code than this one (commit {commits}): "
+              "to train anew, add --out elsewhere")
     if args.plot_only or not todo:
         print("redrawing; to train again, add --out elsewhere" if rows else "no rows", flush=True)
     else:
@@ -1107,6 +1275,51 @@ def _set_up_worker():
     _set_up_process()
 
 
+def training_code(train_cell, prepare=None):
+    """A hash of train_cell and of what it calls in this project, but prepare, the data: str.
+
+    Of their text without comments, docstrings and white space.
+    """
+    here, texts, todo = Path(globals().get("__file__", ".")).resolve().parent, {}, [train_cell]
+    while todo:
+        thing = inspect.unwrap(todo.pop())
+        try:
+            file = Path(inspect.getsourcefile(thing)).resolve()
+            text = textwrap.dedent(inspect.getsource(thing))
+        except (OSError, TypeError):  # built in, or typed into a shell
+            continue
+        own = file.is_relative_to(here) and "site-packages" not in file.parts
+        if not own or thing is prepare or (thing.__module__, thing.__qualname__) in texts:
+            continue
+        tree = ast.parse(text)
+        texts[thing.__module__, thing.__qualname__] = _bare(text, tree)
+        for node in ast.walk(tree):
+            found = None
+            if isinstance(node, ast.Name):
+                found = vars(sys.modules[thing.__module__]).get(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module = vars(sys.modules[thing.__module__]).get(node.value.id)
+                found = getattr(module, node.attr, None) if inspect.ismodule(module) else None
+            found = list(found.values()) if isinstance(found, dict) else [found]
+            todo += [f for f in found if inspect.isfunction(inspect.unwrap(f)) or inspect.isclass(f)]
+    joined = "".join(sorted(texts.values()))
+    return hashlib.sha256(joined.encode()).hexdigest()[:12]
+
+
+def _bare(text, tree):
+    """A text of Python without comments, docstrings and white space."""
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            for row in range(node.body[0].lineno, node.body[0].end_lineno + 1):
+                lines[row - 1] = ""
+    return "".join("".join(lines).split())
+
+
 def _git_revision():
     """Commit of this folder, "-dirty" if its Python files differ; "unknown" outside git."""
     git = f'git -C "{Path(globals().get("__file__", ".")).parent}" '
@@ -1176,6 +1389,23 @@ def new_figure(rows, columns, title):
     return fig, axes
 
 
+def save_panels(panels, title, args, columns=3):
+    """Draw panels, functions of an axes, in a figure, and write <out>/<figure>-<scale>.png, .pdf.
+
+    Nothing is written without panels.
+    """
+    if not panels:
+        print("nothing to plot yet")
+        return
+    columns = min(columns, len(panels))
+    fig, axes = new_figure(math.ceil(len(panels) / columns), columns, title)
+    for ax in axes.flat[len(panels):]:
+        ax.remove()
+    for panel, ax in zip(panels, axes.flat):
+        panel(ax)
+    save_figure(fig, args)
+
+
 def plot_points(ax, points, fmt="o-", **style):
     """Draw the output of summarise: means, with the seeds' spread as error bars."""
     if points:
@@ -1199,6 +1429,21 @@ def claim(sentence, paper, ours, holds):
     return {"claim": sentence, "paper": paper, "ours": ours, "holds": verdict}
 
 
+def check(sentence, paper, values, threshold, form="{:.2f}"):
+    """A row of the claims table, or None without values.
+
+    values: {name: a value per seed}. It holds if the mean of each is within threshold, (least,
+    largest); a mean that is nan fails.
+    """
+    values = {name: np.atleast_1d(np.asarray(v, float)) for name, v in values.items()}
+    values = {name: v for name, v in values.items() if len(v)}
+    if not values:
+        return None
+    ours = "; ".join(f"{name} {fmt(v, form)}".strip() for name, v in values.items())
+    least, largest = threshold
+    return claim(sentence, paper, ours, all(least <= v.mean() <= largest for v in values.values()))
+
+
 @_user_errors()
 def save_tables(args, **tables):
     """Print tables, {title: list of dicts}, and write them to <out>/<figure>-<scale>.md.
@@ -1207,6 +1452,7 @@ def save_tables(args, **tables):
     """
     text, stem = "", f"{args.figure}-{args.scale}"
     for title, table in tables.items():
+        table = [row for row in table if row]  # no check without values
         if table:
             lines = [table[0], ["---"] * len(table[0]), *(row.values() for row in table)]
             cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]

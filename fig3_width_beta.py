@@ -17,10 +17,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (accuracy, bn_recalibrated, claim, complete_seeds, draw_subset,
-                    evaluate, evaluate_as_trained, fmt, group_by, load_images, lr_factor,
-                    minibatches, new_figure, normalise, ok_rows, param_groups, parse_args,
-                    plot_points, predict, run_grid, save_figure, save_tables, summarise,
+from common import (accuracy, claim, complete_seeds, draw_subset, evaluate, fmt, group_by,
+                    load_images, lr_factor, mean_network, minibatches, new_figure, normalise,
+                    ok_rows, param_groups, parse_args, plot_points, predict, recalibrate_bn,
+                    run_grid, sampled_network, save_figure, save_tables, summarise,
                     to_stochastic, weight_information, with_information)
 
 # How a cell is trained, stored in its row. draws: nets sampled to be averaged.
@@ -132,10 +132,9 @@ def train_cell(cell, device, args, progress):
     with bfloat16:
         measured |= evaluate(model, x, y, x_test, y_test)
     if not plain:
-        measured |= evaluate_as_trained(model, s["batch"], x, y)
         measured |= evaluate_draws(model, x, x_test, y_test, s["draws"])
         nats = weight_information(model).item()
-        objective = measured["cross_entropy_batch"] + beta * nats / len(x)
+        objective = measured["cross_entropy"] + beta * nats / len(x)
         measured |= {"objective": objective, "information": nats}
     return measured
 
@@ -146,19 +145,14 @@ def evaluate_draws(model, x, x_test, y_test, draws):
 
     Batch norm is estimated anew for each net.
     """
-    def predictions(draw):
-        with bn_recalibrated(model, x.split(100), draw):
-            return predict(model, x_test).log_softmax(1)
+    def predictions(net):
+        return predict(recalibrate_bn(net, x).eval(), x_test).log_softmax(1)
 
     def nll(log_p):
         return F.nll_loss(log_p, y_test).item()
 
-    mean, sampled = predictions(draw=False), []
-    for seed in range(draws):
-        # every batch starts from one state of the generator: the same weights
-        hook = model.register_forward_pre_hook(lambda *_: torch.manual_seed(seed) and None)
-        sampled.append(predictions(draw=True))
-        hook.remove()
+    mean = predictions(mean_network(model))
+    sampled = [predictions(sampled_network(model)) for _ in range(draws)]
     average = torch.stack(sampled).logsumexp(0) - np.log(draws)
     return {"test_acc": accuracy(mean, y_test), "test_nll": nll(mean),
             "test_acc_sampled": float(np.mean([accuracy(log_p, y_test) for log_p in sampled])),
@@ -177,7 +171,7 @@ def add_derived(rows):
     """The ok rows, with what follows."""
     rows = ok_rows(rows)
     for row in rows:
-        row["train_error"] = 100 * (1 - row.get("train_acc_batch", row["train_acc"]))
+        row["train_error"] = 100 * (1 - row["train_acc"])
         for kind in KINDS:
             row[f"test_error{kind}"] = 100 * (1 - row.get(f"test_acc{kind}", np.nan))
         row["nats"] = (row["information"] or 0) / row["n"]
@@ -251,7 +245,7 @@ def beta_claims(free, capped, scale):
                            "9.64%, best 8.06%",
                            f"{fmt(error[high], '{:.1f}%')}, best {best:.1f}%",
                            error[high].mean() - best <= 3))
-    gaps = [max(row["objective"] - other["cross_entropy_batch"] - row["beta"] * other["nats"]
+    gaps = [max(row["objective"] - other["cross_entropy"] - row["beta"] * other["nats"]
                 for row in own for other in own) for own in seeds]
     return table + [claim("converged: no β is beaten by another's final state by over 0.03 nats",
                           "–", fmt(gaps, "{:.3f}"), max(gaps) <= 0.03)]

@@ -21,11 +21,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from common import (StochasticConv2d, accuracy, add_clutter, bn_recalibrated, claim,
+from common import (StochasticConv2d, accuracy, add_clutter, claim,
                     complete_seeds, density_ratio_information, draw_subset, fmt,
                     label_information, layer_information, layer_information_bound, load_images,
-                    lr_factor, minibatches, new_figure, ok_rows, param_groups, parse_args,
-                    plot_points, predict, run_grid, save_figure, save_tables, summarise,
+                    lr_factor, mean_network, minibatches, new_figure, ok_rows, param_groups,
+                    parse_args, plot_points, predict, recalibrate_bn, run_grid, sample_weights,
+                    save_figure, save_tables, summarise,
                     total_correlation, weight_information, with_information)
 
 # n digits train the classifier, `passes` * n what reads its z.
@@ -170,7 +171,8 @@ def codes(model, draw, x, x_test, passes):
     for layer in model.modules():
         if isinstance(layer, StochasticConv2d):
             layer.local = True  # noise for every position, as in Cor. 5.3
-    with bn_recalibrated(model, [draw(part)[0] for part in x[:2000].split(100)], draw=True):
+    with sample_weights(model):
+        recalibrate_bn(model, draw(x[:2000])[0]).eval()
         parts = [(predict(model[0], images), *rest) for images, *rest in map(
             draw, torch.cat([x] * passes + [x_test]).split(1000))]
     return map(torch.cat, zip(*parts))
@@ -178,16 +180,16 @@ def codes(model, draw, x, x_test, passes):
 
 def measure(model, draw, x, x_test, y_test, s):
     features, head = model
-    images, images_test = [draw(part)[0] for part in x[:2000].split(100)], draw(x_test)[0]
-    with bn_recalibrated(model, images, draw=False):
-        test_acc = accuracy(predict(model, images_test), y_test)
+    images, images_test = draw(x[:2000])[0], draw(x_test)[0]
+    net = recalibrate_bn(mean_network(model), images).eval()
+    test_acc = accuracy(predict(net, images_test), y_test)
     z, masks, places = codes(model, draw, x, x_test, s["passes"])
     logits = predict(head, z[-len(x_test):])
     positions, curve = position_information(z, places, s)
     ratio = density_ratio_information(
         Discriminator(z.shape[1]).to(z.device), z, masks, steps=s["discriminator_steps"],
         validation=s["validation"], held_out=s["test"])
-    with bn_recalibrated(model, images, draw=True):
+    with sample_weights(model):
         disentangled = disentanglement(features[-3], predict(features[:-3], images_test))
     layers = layer_bounds(features)
     return {"test_acc": test_acc, "i_zn_positions": positions, "curve": curve,

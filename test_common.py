@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
 from common import (DataError, StochasticConv2d, StochasticLinear, add_clutter,
-                    alpha_from_information, beta_at, bn_recalibrated, channel_statistics,
+                    alpha_from_information, beta_at, channel_statistics,
                     corrupt_labels, draw_subset, g, ib_loss, load_celeba, load_cifar10,
                     load_images, load_mnist, minibatches, sample_weights, synthetic_digits,
                     synthetic_faces, synthetic_objects, to_stochastic, weight_information,

@@ -21,12 +21,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import update_bn
 
 from beyond.proper_prior import prior_divergence
 from common import (claim, complete_seeds, draw_subset, fmt, load_images, lr_factor, minibatches,
                     new_figure, normalise, ok_rows, pac_bayes_bound, param_groups, parse_args,
-                    per_seed, run_grid, sample_weights, save_figure, save_tables)
+                    per_seed, recalibrate_bn, run_grid, sample_weights, save_figure, save_tables,
+                    to_stochastic)
 from fig1_phase_transition import DATASETS, small_alexnet
 
 # prior_steps: of the prior that has seen half of the samples. draws: of weights and samples.
@@ -63,8 +63,7 @@ def train_cell(cell, device, args, progress):
     x_test, y_test = draw_subset(x_test, y_test, s["test"], generator)
     x, x_test = (normalise(images, 127.5, 64.0, size=28).to(device) for images in (x, x_test))
     y, y_test = y.to(device), y_test.to(device)
-    model = small_alexnet(s["width"], x.shape[1]).to(device)
-    means, noise = param_groups(model, s["lr"], s["lr_noise"])
+    model = small_alexnet(s["width"], x.shape[1]).to(device, memory_format=torch.channels_last)
 
     def train(groups, x, y, steps, penalty):
         optimizer = torch.optim.Adam(groups, fused=True)
@@ -83,13 +82,14 @@ def train_cell(cell, device, args, progress):
 
     seen = round(cell["seen"] * n)
     if seen:
-        with sample_weights(model, draw=False):
-            train([means], x[:seen], y[:seen], s["prior_steps"], lambda t: 0)
+        means = [{"params": list(model.parameters()), "lr": s["lr"]}]
+        train(means, x[:seen], y[:seen], s["prior_steps"], lambda t: 0)
+    to_stochastic(model)
     for layer in model.modules():
         if hasattr(layer, "log_sigma2"):
             layer.log_sigma2.data.fill_(layer.weight.square().mean().log() - 6)
     if not seen:
-        update_bn([torch.randn(500, *x.shape[1:], device=device)], model)
+        recalibrate_bn(model.eval(), torch.randn(500, *x.shape[1:], device=device))
     prior = copy.deepcopy(model.eval().state_dict())
     x, y = x[seen:], y[seen:]
 
@@ -97,7 +97,7 @@ def train_cell(cell, device, args, progress):
         return cell["beta"] * min(1, t / 0.4) / len(x) * prior_divergence(model, prior)
 
     with sample_weights(model):
-        train([means, noise], x, y, s["steps"], penalty)
+        train(param_groups(model, s["lr"], s["lr_noise"]), x, y, s["steps"], penalty)
         drawn = torch.stack([clipped_losses(model, x[index], y[index]) for index in
                              torch.randint(len(x), (s["draws"], 100), device=device)])
         test = torch.stack([clipped_losses(model, *batch) for batch in

@@ -16,16 +16,18 @@ Between beta_down and beta* chance is not the minimum of the objective, only har
 is what lacks there, beta_down rises with the steps per beta.
 """
 import copy
+import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from common import (claim, complete_seeds, corrupt_labels, crossing, draw_subset,
-                    evaluate_as_trained, fmt, load_images, lr_factor, minibatches, new_figure,
+                    evaluate, fmt, load_images, lr_factor, minibatches, new_figure,
                     normalise, ok_rows, param_groups, parse_args, per_seed, plot_points,
-                    run_grid, save_figure, save_tables, summarise, weight_information)
-from fig1_phase_transition import DATASETS, add_derived, equilibrium, small_alexnet
+                    run_grid, save_figure, save_tables, summarise, to_stochastic,
+                    weight_information)
+from fig1_phase_transition import DATASETS, small_alexnet
 
 # first: steps at the first beta of a branch. below: smaller betas, for the branch at chance only.
 BRANCH = dict(betas=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2),
@@ -58,7 +60,8 @@ def random_labels(cell, width, device, data):
     x, y = draw_subset(x, y, cell["n"], generator)
     x = normalise(x, mean, std, size=28).to(device)
     y = corrupt_labels(y, 1.0, 10, generator).to(device)
-    return x, y, small_alexnet(width, x.shape[1]).to(device)
+    model = to_stochastic(small_alexnet(width, x.shape[1]))
+    return x, y, model.to(device, memory_format=torch.channels_last)
 
 
 def train_cell(cell, device, args, progress):
@@ -69,13 +72,13 @@ def train_cell(cell, device, args, progress):
     betas = s["betas"] if memorised else s["betas"][::-1] + s["below"]
     train(model, x, y, lambda t: betas[0] * (min(1, t / 0.4) if memorised else 1), s["first"], s,
           progress)
-    measured = [measure(model, s["batch"], x, y)]
+    measured = [measure(model, x, y)]
     chance = copy.deepcopy(model.state_dict())
     for beta in betas[1:]:
         if not memorised:
             model.load_state_dict(chance)
         train(model, x, y, lambda t: beta, cell["steps"], s, progress)
-        measured.append(measure(model, s["batch"], x, y))
+        measured.append(measure(model, x, y))
     return {"betas": betas} | {name: [m[name] for m in measured] for name in measured[0]}
 
 
@@ -98,21 +101,36 @@ def train(model, x, y, beta_at, steps, s, progress):
             progress(step, steps, loss.item())
 
 
-def measure(model, batch, x, y):
-    """Accuracy and cross-entropy on the train set as in training; nats of I(w;D) per sample."""
+def measure(model, x, y):
+    """Accuracy and cross-entropy of one sampled network; nats of I(w;D) per sample."""
     nats = weight_information(model).item() / len(x)
-    return evaluate_as_trained(model, batch, x, y) | {"nats": nats}
+    return evaluate(model, x, y, x, y) | {"nats": nats}
+
+
+def add_derived(rows):
+    """The ok rows, with nats per sample and r, label nats saved per nat; 0 below 55% accuracy."""
+    rows = ok_rows(rows)
+    for row in rows:
+        row["nats"] = row["information"] / row["n"]
+        memorised = row["train_acc"] > 0.55
+        row["r"] = (math.log(10) - row["cross_entropy"]) / row["nats"] if memorised else 0.0
+    return rows
+
+
+def critical_beta(rows):
+    """beta*: the largest r of these states. Above it memorising does not pay."""
+    return max(row["r"] for row in rows)
 
 
 def by_beta(rows):
     """One row per beta, with objective and Fig. 1's r, in place of one per branch."""
     points = []
     for row in rows:
-        values = zip(row["betas"], row["train_acc_batch"], row["cross_entropy_batch"], row["nats"])
+        values = zip(row["betas"], row["train_acc"], row["cross_entropy"], row["nats"])
         for beta, acc, cross_entropy, nats in values:
             points.append({"status": "ok", "labels": "random", "n": row["n"], "beta": beta,
-                           "start": row["start"], "train_acc_batch": acc,
-                           "cross_entropy_batch": cross_entropy, "information": nats * row["n"],
+                           "start": row["start"], "train_acc": acc,
+                           "cross_entropy": cross_entropy, "information": nats * row["n"],
                            "objective": cross_entropy + beta * nats})
     return add_derived(points)
 
@@ -124,13 +142,13 @@ def edges(rows):
     none ends memory.
     """
     branches = [ok_rows(by_beta(rows), start=start) for start in STARTS]
-    up, down = (crossing(summarise(branch, "beta", "train_acc_batch"), 0.55)
+    up, down = (crossing(summarise(branch, "beta", "train_acc"), 0.55)
                 for branch in branches)
-    if max(p["train_acc_batch"] for p in branches[1]) < 0.55:
+    if max(p["train_acc"] for p in branches[1]) < 0.55:
         down = 0.0
-    if min(p["train_acc_batch"] for p in branches[0]) >= 0.55:
+    if min(p["train_acc"] for p in branches[0]) >= 0.55:
         up = max(p["beta"] for p in branches[0])
-    return down, equilibrium(branches[0]), up
+    return down, critical_beta(branches[0]), up
 
 
 def make_cells(grid, **where):
@@ -200,7 +218,7 @@ def plot(rows, grid, args):
             for start, marker in zip(STARTS, (">-", "<:")):
                 points = by_beta(ok_rows(rows, n=n, steps=steps, start=start))
                 style = dict(color=colour, label=f"{start}, {steps:,} steps per β")
-                for ax, key in ((accuracy_ax, "train_acc_batch"), (objective_ax, "objective")):
+                for ax, key in ((accuracy_ax, "train_acc"), (objective_ax, "objective")):
                     plot_points(ax, summarise(points, "beta", key), marker, **style)
         accuracy_ax.axvline(1, color="k", ls="--", lw=1)
         accuracy_ax.set(xscale="log", xlabel="β", ylabel="train accuracy",

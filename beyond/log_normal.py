@@ -48,17 +48,17 @@ def train_cell(cell, device, args, progress):
         if hasattr(layer, "log_sigma2"):
             layer.noise, layer.max_log_alpha = "lognormal", cell["cap"]
     train(model, x, y, lambda t: beta * min(1, t / 0.4), s["steps"], s, progress)
-    return measure(model, s["batch"], x, y)
+    return measure(model, x, y)
 
 
 def transition(rows):
     """The beta at which train accuracy falls through 55%; nan if it does not."""
-    return crossing(summarise(rows, "beta", "train_acc_batch"), 0.55)
+    return crossing(summarise(rows, "beta", "train_acc"), 0.55)
 
 
 def uncounted(row):
     """Label nats memorised per sample, less the nats counted in the weights."""
-    return math.log(10) - row["cross_entropy_batch"] - row["nats"]
+    return math.log(10) - row["cross_entropy"] - row["nats"]
 
 
 def claims(rows, grid):
@@ -87,7 +87,7 @@ def measured(ok):
     table = []
     for cap, beta in sorted({(row["cap"], row["beta"]) for row in ok}):
         rows = ok_rows(ok, cap=cap, beta=beta)
-        columns = {"train": "train_acc_batch", "cross-entropy": "cross_entropy_batch",
+        columns = {"train": "train_acc", "cross-entropy": "cross_entropy",
                    "I/N": "nats"}
         table.append({"cap on log α": cap, "β": beta, "seeds": len(rows)} | {
             name: fmt([row[key] for row in rows]) for name, key in columns.items()})
@@ -100,10 +100,10 @@ def plot(ok, grid, args):
     accuracy_ax, nats_ax = axes[0]
     for cap in grid["caps"]:
         rows = ok_rows(ok, cap=cap)
-        points = summarise(rows, "beta", "train_acc_batch")
+        points = summarise(rows, "beta", "train_acc")
         plot_points(accuracy_ax, points, label=f"log α at most {cap:g}")
         nats_ax.plot([row["nats"] for row in rows],
-                     [math.log(10) - row["cross_entropy_batch"] for row in rows], "o", ms=4,
+                     [math.log(10) - row["cross_entropy"] for row in rows], "o", ms=4,
                      label=f"log α at most {cap:g}")
     accuracy_ax.set(xscale="log", xlabel="β", ylabel="train accuracy", title="the transition")
     nats = np.geomspace(0.01, 100)

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 
 import fig1_phase_transition as fig1
+from beyond.hysteresis import add_derived
 from common import (claim, complete_seeds, fmt, new_figure, parse_args, plot_points, run_grid,
                     save_figure, save_tables, summarise)
 
@@ -77,7 +78,7 @@ def make_cells(scale):
 def main():
     args = parse_args(__doc__, fig1.DATASETS, SEEDS)
     rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], fig1.load_data)
-    ok, sizes = fig1.add_derived(rows), GRID[args.scale]["sizes"]
+    ok, sizes = add_derived(rows), GRID[args.scale]["sizes"]
     fig, axes = new_figure(1, 1, f"Proper Gaussian prior, {args.dataset}, scale {args.scale}")
     for n, colour in zip(sizes, plt.cm.viridis([i / len(sizes) for i in range(len(sizes))])):
         memorised = [row for row in ok if row["n"] == n and row["r"] > 0]
@@ -94,7 +95,7 @@ def main():
                        all(r <= 1 for r in largest.values())),
                  claim("random labels are memorised under a proper prior (r > 0) at some β", "–",
                        ours, all(r > 0 for r in largest.values()))]
-    save_tables(args, claims=table, measured=fig1.measured(ok))
+    save_tables(args, claims=table, measured=fig1.cell_table(ok))
 
 
 if __name__ == "__main__":
