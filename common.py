@@ -1378,6 +1378,17 @@ def per_seed(function, rows):
     return np.array([function(own) for own in group_by(ok_rows(rows), "seed").values()])
 
 
+def cell_table(rows, keys, columns):
+    """Means over seeds, a line for each kind of cell. keys, columns: {title: key in the rows}."""
+    table = []
+    for cell, own in group_by(rows, *keys.values()).items():
+        line = dict(zip(keys, cell)) | {"seeds": len(own)}
+        for title, key in columns.items():
+            line[title] = fmt([row[key] for row in own if key in row])
+        table.append(line)
+    return table
+
+
 def fmt(values, form="{:.2f}"):
     """Mean and sample std of the seeds' values as text: "0.52 ± 0.03"."""
     values = np.atleast_1d(np.asarray(values, float))
