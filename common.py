@@ -465,7 +465,8 @@ def lr_factor(t, hold=0.8):
 def beta_at(t, beta, peak):
     """beta at fraction t of the steps: up to max(beta, peak) over 40%, to beta from 50% to 70%.
 
-    Passing through a larger beta lowers the final information.
+    Nets have to fit the labels before the penalty tells, as at chance they stay there from a small
+    beta on. Passing through a larger beta lowers the final information.
     """
     top = max(beta, peak)
     if t < 0.5:

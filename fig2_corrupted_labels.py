@@ -28,13 +28,13 @@ from common import (beta_at, cell_table, check, corrupt_labels, crossing, draw_s
                     summarise, to_stochastic, weight_information, with_information)
 
 # How a cell is trained, stored in its row. It takes steps * max(1, N/300)^growth. peaks: of beta.
-SHARED = dict(growth=0.3, hold=0.6, draws=8)
+SHARED = dict(growth=0.6, hold=0.6, draws=8)
 SETTINGS = {
     "demo": dict(widths={"Small AlexNet": 1 / 8, "All-CNN": 1 / 16, "ResNet": 1 / 2}, blocks=1,
                  steps=800, batch=50, lr=0.012, lr_noise=0.06, synthetic=(1000, 1000), test=1000,
                  peaks={"Small AlexNet": 0, "All-CNN": 0, "ResNet": 0}, **SHARED),
     "cpu": dict(widths={"Small AlexNet": 1 / 4, "All-CNN": 1 / 8, "ResNet": 1 / 2}, blocks=1,
-                steps=5000, batch=100, lr=0.024, lr_noise=0.16, synthetic=(10_000, 5000), test=5000,
+                steps=4000, batch=100, lr=0.024, lr_noise=0.16, synthetic=(10_000, 5000), test=5000,
                 peaks={"Small AlexNet": 0.5, "All-CNN": 0.3, "ResNet": 0.3}, **SHARED),
     "paper": dict(widths={"Small AlexNet": 1, "All-CNN": 1, "ResNet": 4}, blocks=3,
                   steps=10_000, batch=100, lr=0.012, lr_noise=0.04, synthetic=(50_000, 10_000),
