@@ -351,12 +351,12 @@ def _warn_of_plain_weights(layers, spared, spared_parameters):
             if name in ("log_sigma2", "bias") or not lazy and weight.dim() < 2:
                 continue
             size = 0 if lazy else weight.numel()
-            sizes[id(weight)] = size
+            sizes[weight] = size  # holds the weights: no two have one id
             stochastic = isinstance(layer, _StochasticWeight)
             if not stochastic and layer not in spared and not any(
                     weight is p for p in spared_parameters):
                 plain.append(f"{prefix}.{name}".lstrip("."))
-                sizes_plain[id(weight)] = size
+                sizes_plain[weight] = size
     if plain:
         share = sum(sizes_plain.values()) / max(1, sum(sizes.values()))
         warnings.warn(f"{share:.1%} of the weights stay without noise and are not counted "
@@ -418,11 +418,12 @@ def recalibrate_bn(net, x):
               and m.running_mean is not None and (m.training or not net.training)}
     seen = dict.fromkeys(layers, 0)
 
-    def weigh(layer, inputs):  # every part counts by its number of samples
-        seen[layer] += len(inputs[0])
-        layer.momentum = len(inputs[0]) / seen[layer]
+    def weigh(layer, args, kwargs):  # every part counts by its number of samples
+        (inputs,) = (*args, *kwargs.values())
+        seen[layer] += len(inputs)
+        layer.momentum = len(inputs) / seen[layer]
 
-    hooks = [layer.register_forward_pre_hook(weigh) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(weigh, with_kwargs=True) for layer in layers]
     try:
         net.eval()
         for layer in layers:
@@ -578,7 +579,8 @@ def ib_loss(logits, target, model, beta, n, *, attributes=False, information=wei
         cross_entropy = nats / len(logits)
     else:
         expected = logits.shape[:1] + logits.shape[2:]
-        if target.shape != expected or target.is_floating_point() or target.dtype == torch.bool:
+        if (logits.dim() < 2 or target.shape != expected or target.is_floating_point()
+                or target.dtype == torch.bool):
             raise ValueError(f"target {target.dtype} {tuple(target.shape)} should be classes, "
                              f"integers {tuple(expected)}; for 0/1 attributes: attributes=True")
         cross_entropy = F.cross_entropy(logits, target.long())

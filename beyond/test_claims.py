@@ -1,149 +1,115 @@
-"""The verdicts of Figs. 3 to 5 and of hysteresis, on both sides of each threshold."""
-import argparse
+"""What follows from rows of Figs. 1 and 2, by small rows. pytest beyond."""
 import math
 
 import pytest
+import torch
+
+import fig1_phase_transition as fig1
+import fig2_corrupted_labels as fig2
+from common import corrupt_labels
 
 
-def fig3_verdicts(monkeypatch, by_width, by_beta, capped=33.0, gap=0.0):
-    import fig3_width_beta as fig3
-    monkeypatch.setattr(fig3, "GRID", {"cpu": dict(
-        widths=(0.5, 1, 2), decays=(0.0,), beta_width=1, betas=tuple(by_beta),
-        capped=((0.1, 0.0), (1.0, 0.0)))})
-    rows = []
-    for cell in sum(fig3.make_cells("cpu"), []):
-        error = capped if "max_log_alpha" in cell and cell["beta"] == 1 else (
-            by_beta[cell["beta"]] if "beta" in cell else by_width[cell["width"]])
-        beta, right = cell.get("beta", 0), 1 - error / 100
-        rows.append(cell | dict(
-            status="ok", seed=0, n=10, information=10.0, train_acc=1.0, test_acc=right,
-            test_acc_sampled=right, test_acc_average=right, cross_entropy_batch=1.0,
-            objective=1 + beta + gap * (beta == 0.1)))
-    assert not fig3.claims(fig3.add_derived(rows[-1:]), "cpu")
-    return fig3.claims(fig3.add_derived(rows), "cpu")
+def fig1_row(beta, acc, nats=1.0, n=100, seed=0, test_acc=0.1):
+    return dict(status="ok", n=n, beta=beta, seed=seed, train_acc=acc, information=nats,
+                test_acc=test_acc, test_acc_sampled=acc - 0.05)
 
 
-def test_fig3_claims_can_hold_and_fail(monkeypatch):
-    u, falling = {0.01: 30.51, 0.1: 30, 1.0: 30.51}, {0.5: 30, 1: 20, 2: 19.49}
-
-    def verdicts(widths={}, betas={}, **more):
-        table = fig3_verdicts(monkeypatch, falling | widths, u | betas, **more)
-        return [row["holds"] for row in table]
-
-    assert fig3_verdicts(monkeypatch, falling, u)[5]["ours"] == "33.0%, best 30.0%"  # one seed
-    for widest, plateau in ((19.49, "undecided"), (19.51, "yes"), (21.49, "yes"), (21.51, "NO")):
-        assert verdicts({2: widest}, capped=32.9) == [plateau] + ["yes"] * 6
-    assert verdicts({1: 29.51}, capped=32.9)[1] == "NO"
-    for betas in ({0.01: 30.49}, {1.0: 30.49}, {0.1: 30.52}):
-        assert verdicts(betas=betas)[2:5] == ["NO"] * 3
-    assert verdicts(capped=33.1)[5] == "NO"
-    assert verdicts(gap=0.029)[6] == "yes" and verdicts(gap=0.031)[6] == "NO"
-
-
-@pytest.mark.parametrize("kind", ["", "_sampled", "_average"])
-def test_fig3_judges_each_prediction_by_its_own_errors(monkeypatch, kind):
-    import fig3_width_beta as fig3
-    monkeypatch.setattr(fig3, "GRID", {"cpu": dict(widths=(), decays=(), beta_width=1,
-                                                   betas=(0.1, 1.0, 10.0), capped=((10.0, 0.0),))})
-    rows = [dict(cell, status="ok", seed=0, n=1, information=1.0, objective=1.0, train_acc=1.0,
-                 cross_entropy_batch=1.0, test_acc=0.5, test_acc_sampled=0.5, test_acc_average=0.5)
-            | {"test_acc" + kind: 0.6 if cell["beta"] == 1 else 0.5}
-            for cell in sum(fig3.make_cells("cpu")[:2], [])]
-    table = fig3.claims(fig3.add_derived(rows), "cpu")[:3]
-    assert [row["holds"] == "yes" for row in table] == [k == kind for k in fig3.KINDS]
-
-
-def test_fig3_chooses_the_beta_of_a_seed_on_the_other_seeds(monkeypatch):
-    import fig3_width_beta as fig3
-    monkeypatch.setattr(fig3, "GRID", {"demo": dict(widths=(), decays=(), beta_width=1,
-                                                    betas=(0.01, 0.1, 0.3, 1.0), capped=())})
-
-    def verdict(*errors):
-        rows = [cell | dict(status="ok", seed=seed, n=1, information=1.0, train_acc=1.0,
-                            test_acc=1 - error / 100)
-                for seed, own in enumerate(errors)
-                for cell, error in zip(fig3.make_cells("demo")[0], own)]
-        return fig3.claims(fig3.add_derived(rows), "demo")[0]["holds"]
-
-    assert verdict((30, 29, 30, 40), (30, 30, 29, 40)) == "NO"  # no beta is best in both
-    assert verdict((30, 29, 30, 40), (30, 29, 30, 40)) == "yes"
+FALLING = [fig1_row(0.1, 0.9, 100.0), fig1_row(1.0, 0.5, 10.0), fig1_row(10.0, 0.1, 1.0)]
+BY_N = FALLING + [row | {"n": 1000, "information": 10 * row["information"]} for row in FALLING]
+CORRUPTED = [dict(status="ok", seed=0, kind=kind, corruption=fraction, wrong=wrong, rise=rise,
+                  entropy=entropy) for kind, fraction, wrong, rise, entropy in (
+    ("uniform", 0.0, 0.0, 0.0, 0.0), ("uniform", 0.1, 0.09, 0.5, 0.25),
+    ("uniform", 1.0, 0.9, 2.0, 2.0), ("pair", 0.09, 0.09, 0.2, 0.3))]
+SIZES = [dict(status="ok", seed=seed, n=n, rise=rise)
+         for n, seed, rise in ((300, 0, 1.0), (300, 1, 2.0), (1000, 0, 3.0), (3000, 1, 2.0))]
+QUANTITIES = {
+    "fig1: beta at an accuracy": (lambda: fig1.at_accuracy(FALLING, 0.3), 10**0.5),
+    "fig1: beta at an accuracy on a step": (lambda: fig1.at_accuracy(FALLING, 0.5), 1.0),
+    "fig1: beta at an accuracy not reached": (lambda: fig1.at_accuracy(FALLING, 0.05), math.nan),
+    "fig1: information at an accuracy": (
+        lambda: fig1.at_accuracy(FALLING, 0.7, "information"), 10**1.5),
+    "fig1: fall_factor": (lambda: fig1.fall_factor(FALLING), 10**1.5),
+    "fig1: information_at_beta": (lambda: fig1.information_at_beta(FALLING, 0.1), 100),
+    "fig1: information at no beta": (lambda: fig1.information_at_beta(FALLING, 0.3), math.nan),
+    "fig1: exponent": (lambda: fig1.exponent(BY_N, fig1.information_at_beta), 1.0),
+    "fig1: exponent of one N": (lambda: fig1.exponent(FALLING, fig1.information_at_beta),
+                                math.nan),
+    "fig1: exponents": (lambda: fig1.exponents(BY_N, fig1.information_at_beta), {"": [1.0]}),
+    "fig1: log_line": (lambda: fig1.log_line(FALLING, 0.3), 0.5 - 2),
+    "fig1: overfitting": (lambda: fig1.overfitting(FALLING), 0.05),
+    "fig1: best_beta": (lambda: fig1.best_beta([fig1_row(0.1, 0.9, test_acc=0.5), fig1_row(
+        1.0, 0.9, test_acc=0.7), fig1_row(1.0, 0.9, seed=1, test_acc=0.1)]), 0.1),
+    "fig1: by_size": (lambda: fig1.by_size(BY_N, len, 1000), {"N = 1,000": [3]}),
+    "fig2: transition": (lambda: fig2.transition(FALLING), 10 ** (0.35 / 0.4 - 1)),
+    "fig2: steps_of_rise": (lambda: fig2.steps_of_rise(CORRUPTED[:3]), {
+        "0 to 0.1:": [0.5], "0.1 to 1:": [1.5]}),
+    "fig2: growth_of_rise": (lambda: fig2.growth_of_rise(SIZES), {
+        "to N = 1,000:": [1.5], "to N = 3,000:": [-1.0]}),
+    "fig2: pair_ratios": (lambda: fig2.pair_ratios(CORRUPTED), {"9% wrong:": [0.4]}),
+    "fig2: entropy_spread": (lambda: fig2.entropy_spread(CORRUPTED[1:3]), [2.0]),
+}
 
 
-def test_fig4_claims_can_hold_and_fail(monkeypatch):
-    import fig4_cluttered_mnist as fig4
-    monkeypatch.setattr(fig4, "GRID", {"cpu": (0.001, 1.0, 10.0)})
-
-    def verdicts(low={}, high={}, longer=(), wider=()):
-        rows = [dict(status="ok", seed=0, beta=beta, i_zn_positions=nats, i_zn_nce=nats - 0.1,
-                     i_zy=2.2, total_correlation=nats, tc_share=nats, i_xz=nats)
-                | changes for beta, nats, changes in (
-                    (0.001, 3.0, {"decoder_steps": 16_000} | low), (1.0, 1.0, high),
-                    (10.0, 0.5, {}))]
-        first, middle, last = rows
-        rows += [first | {"decoder_steps": 8000, "i_zn_positions": 99.0}]  # not twice as many
-        rows += [row | {"decoder_steps": 2 * row.get("decoder_steps", 4000),
-                        "i_zn_positions": nats} for row, nats in zip((first, last), longer)]
-        rows += [row | {"width": 0.25, "i_zn_positions": nats}
-                 for row, nats in zip((first, middle), wider)]
-        return [row["holds"] for row in fig4.claims(rows, "cpu")]
-
-    assert verdicts() == verdicts(longer=[99], wider=[99]) == ["yes"] * 7
-    assert verdicts(longer=(3.1, 0.52), wider=(3.2, 1.06)) == ["yes"] * 9
-    assert verdicts(longer=(3.1, 0.53), wider=(3.2, 1.04))[4:6] == ["NO", "NO"]
-    assert verdicts(longer=(3.2, 0.52), wider=(3.1, 1.06))[4:6] == ["NO", "NO"]
-    for position, (row, key, fails, holds) in enumerate((
-            ("high", "i_zn_positions", 1.51, 1.49), ("high", "i_zn_positions", 0.49, 0.51),
-            ("high", "i_zn_nce", 1.46, 1.44), ("high", "i_zn_nce", 0.39, 0.41),
-            ("high", "i_zy", 2.04, 2.06), ("high", "i_xz", 5.01, 4.99),
-            ("high", "tc_share", 3.01, 2.99))):
-        assert verdicts(**{row: {key: fails}})[position] == "NO", key
-        assert verdicts(**{row: {key: holds}})[position] == "yes", key
-    assert verdicts(high={"status": "diverged"}) == []
+def lists(values):
+    return {k: list(v) for k, v in values.items()} if isinstance(values, dict) else values
 
 
-def test_fig5_claims_can_hold_and_fail(monkeypatch):
-    import fig5_celeba_vae as fig5
-    monkeypatch.setattr(fig5, "GRID", {"cpu": (0.0, 0.1, 0.7)})
-    args = argparse.Namespace(scale="cpu", dataset="celeba")
-
-    def verdicts(outside=0.4, inside=0.5, picture=0.6, attributes=0.8, agreement=0.9):
-        first = dict(status="ok", seed=0, beta=0.1, picture_nats=1.0, picture_nats_outside=1.0,
-                     picture_nats_inside=1.0, attribute_nats=1.0, attribute_agreement=0.9,
-                     majority_acc=0.8)
-        last = first | dict(beta=0.7, picture_nats=picture, picture_nats_outside=outside,
-                            picture_nats_inside=inside, attribute_nats=attributes,
-                            attribute_agreement=agreement)
-        return [row["holds"] for row in fig5.claims([first, last], args)]
-
-    assert verdicts() == ["yes"] * 4
-    assert verdicts(picture=0.66, attributes=0.67, inside=0.41, agreement=0.881) == ["yes"] * 4
-    assert verdicts(picture=0.67) == ["NO", "yes", "yes", "yes"]
-    assert verdicts(attributes=0.59)[1] == verdicts(inside=0.39)[2] == "NO"
-    assert verdicts(agreement=0.879)[3] == "NO"
+@pytest.mark.parametrize("name", QUANTITIES)
+def test_quantities_by_small_rows(name):
+    quantity, expected = QUANTITIES[name]
+    ours = lists(quantity())
+    if isinstance(expected, dict):
+        assert ours.keys() == expected.keys()
+        ours, expected = sum(ours.values(), []), sum(expected.values(), [])
+    assert ours == pytest.approx(expected, nan_ok=True)
 
 
-def test_hysteresis_claims_can_hold_and_fail():
-    from beyond import hysteresis
+@pytest.mark.parametrize("kind, fraction", [("uniform", 0.3), ("uniform", 1.0), ("pair", 0.45)])
+def test_fig2_entropy_of_labels_is_that_of_corrupt_labels(kind, fraction):
+    labels, generator = torch.zeros(200_000, dtype=torch.long), torch.Generator().manual_seed(0)
+    noisy = corrupt_labels(labels, fraction, 10, generator, kind)
+    entropy = torch.distributions.Categorical(noisy.bincount(minlength=10)).entropy().item()
+    assert fig2.label_entropy(fraction, kind) == pytest.approx(entropy, abs=5e-3)
 
-    def rows(cell, seed, down, star, up):  # where the branches cross 55%, and the largest r
-        betas = (0.01, 0.3, 0.4, 1.2)
-        edge = up if cell["start"] == "memorised" else down
-        acc = [0.55 + 0.45 * (1 if beta < edge else -1) for beta in betas]
-        return cell | dict(status="ok", seed=seed, betas=betas, train_acc_batch=acc,
-                           cross_entropy_batch=[1.0] * 4, nats=[(math.log(10) - 1) / star] * 4)
 
-    def verdicts(*edges):
-        grid = dict(sizes=(300,), steps=(300, 1000, 3000)[:len(edges)])
-        of_steps = dict(zip(grid["steps"], edges))
-        made = [rows(cell, seed, *of_steps[cell["steps"]])
-                for cell in hysteresis.make_cells(grid) for seed in (0, 1)]
-        return [row["holds"] for row in hysteresis.claims(made, grid)]
+def test_fig2_derives_what_the_rise_over_real_labels_is():
+    cell = dict(status="ok", panel="corruption", n=100, kind="uniform", seed=0, train_acc=0.9)
+    rows = fig2.add_derived([cell | {"corruption": 0.0, "information": 150.0},
+                             cell | {"corruption": 1.0, "information": 390.0},
+                             cell | {"corruption": 1.0, "information": 1.0, "seed": 1}])
+    assert rows[1]["rise"] == pytest.approx(2.4)
+    assert (rows[1]["error"], rows[1]["wrong"]) == (pytest.approx(10), 0.9)
+    assert "rise" not in rows[2]  # of a seed without its real labels
 
-    assert verdicts((0.02, 0.5, 0.6), (0.35, 0.54, 0.6)) == ["yes"] * 4
-    assert verdicts((0.02, 0.5, 0.6), (0.35, 0.56, 0.6)) == ["yes", "yes", "NO", "yes"]
-    assert verdicts((0.02, 0.5, 0.6), (0.02, 0.5, 0.35)) == ["yes", "NO", "NO", "NO"]
-    assert verdicts((0.02, 0.5, 0.6), (0.02, 0.5, 1.3))[1:3] == ["NO", "NO"]  # memory never ends
-    for last, holds in ((0.69, "yes"), (0.71, "NO")):  # of three, the last two decide
-        assert verdicts((0.02, 0.5, 0.6), (0.2, 0.65, 0.7), (0.25, last, 0.72))[3] == holds
-    assert verdicts((0.001, 0.5, 0.6), (0.001, 0.5, 1.3)) == ["yes", "NO", "NO"]
-    assert hysteresis.claims([], dict(sizes=(300,), steps=(300, 1000))) == []
+
+def ideal_row(cell):
+    """What the paper's claims expect of a cell of Fig. 1."""
+    random, beta, n = cell["labels"] == "random", cell["beta"], cell["n"]
+    memorised = beta < 0.9 if random else beta < 10 ** -2.8 * n
+    acc = 0.95 if memorised else 0.1
+    nats = 2.0 * n if random else 100.0 / beta**0.5
+    return cell | dict(status="ok", seed=0, train_acc=acc, information=nats, steps=1,
+                       test_acc=0.1 if random else 0.6 - 0.01 * abs(math.log(beta)),
+                       test_acc_sampled=acc if memorised else 0.1)
+
+
+def test_fig1_claims_hold_on_ideal_rows_and_fail_on_chance():
+    rows = [ideal_row(cell) for cell in fig1.make_cells("cpu")]
+    for row in rows:  # real labels are learned, not overfitted
+        if row["labels"] == "real":
+            row["train_acc"] = 0.6 if row["beta"] < 4 else 0.1
+            row["test_acc_sampled"] = row["train_acc"]
+    chance = [row | {"train_acc": 0.1} for row in rows]
+
+    def verdicts(rows):
+        split = [[row for row in rows if row["labels"] == labels] for labels in ("random", "real")]
+        return {row["claim"]: row["holds"] for row in fig1.claims(*split) if row}
+
+    ideal, none = verdicts(rows), verdicts(chance)
+    assert set(list(ideal.values())[:7]) == {"yes"}  # of random labels
+    for part, holds in (("memorised", "NO"), ("not learned", "yes"), ("through 55%", "NO")):
+        assert [v for claim, v in none.items() if part in claim and "random" in claim] == [holds]
+
+
+def test_fig1_claims_without_rows_are_not_made():
+    assert [row for row in fig1.claims([], []) if row] == []

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from test_common import TINY, demo
+from beyond.test_training import demo
+from test_common import TINY
 
 
 class Far(torch.Tensor):

@@ -1,113 +1,307 @@
-"""Layers in models that hold weights in other ways; what goes wrong on a user's machine."""
+"""Layers in models of all kinds: conversion and its warning, precision, compilation."""
 import argparse
+import copy
+import io
+import math
+import re
+import warnings
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
 from torch.nn.utils import parametrizations
 
 import common
-from common import (DataError, bn_recalibrated, load_images, load_mnist, pac_bayes_bound, run_grid,
-                    to_stochastic, weight_information)
+from common import (StochasticLinear, ib_loss, mean_network, sample_weights, sampled_network,
+                    to_stochastic, weight_information, with_information)
+from test_common import BOTH, KINDS, LOCAL, naive_kl, noisy_net, plain_layer, small_net
+
 
 torch.set_num_threads(1)
 
 
-def test_information_counts_every_layer_however_its_weight_is_held():
-    model = to_stochastic(nn.Sequential(*(nn.Linear(20, 20) for _ in range(4))))
-    before = weight_information(model).item()
-    parameters = dict(model.named_parameters())
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
-    class Counted(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
 
-        def forward(self):
-            return weight_information(self.model)
+def test_log_sigma2_beyond_its_largest_value_can_come_back():
+    beyond = torch.tensor(30.0, requires_grad=True)
+    common._CappedExp.apply(beyond, 0.5).backward()
+    assert beyond.grad.item() == pytest.approx(0.5 * math.exp(0.5 * common.MAX_LOG_SIGMA2))
 
-    held = {f"model.{name}": p.detach().clone() for name, p in parameters.items()}  # no Parameters
-    assert torch.func.functional_call(Counted(), held, ()).item() == before
-    for layer in model:  # weights are new tensors whenever they are looked up
-        parametrizations.weight_norm(layer)
-    for _ in range(5):
-        assert abs(weight_information(model).item() / before - 1) < 1e-4
 
-    class Head(nn.Module):  # of a Gaussian likelihood, no layer of ours
-        def __init__(self):
-            super().__init__()
-            self.log_sigma2 = nn.Parameter(torch.zeros(1))
+@BOTH
+@LOCAL
+def test_a_step_compiles_whole(noise, local):
+    model = to_stochastic(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(),
+                                        nn.Linear(4 * 36, 5)), noise=noise, local=local)
 
-    assert weight_information(nn.Sequential(model, Head())).item() / before > 0.99
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x, y):
+        return ib_loss(model(x), y, model, 1.0, 100)
+
+    loss, _, nats = compiled(torch.randn(4, 3, 8, 8), torch.arange(4))
+    loss.backward()
+    assert nats.item() == pytest.approx(weight_information(model).item(), rel=1e-5)
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@BOTH
+@LOCAL
+def test_under_bfloat16_autocast_the_information_is_float32(noise, local):
+    model = to_stochastic(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5)),
+                          noise=noise, local=local)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(torch.randn(4, 3, 8, 8))
+        loss, _, nats = ib_loss(logits, torch.arange(4), model, 1.0, 100)
+    loss.backward()
+    assert logits.dtype == torch.bfloat16
+    assert nats.item() == pytest.approx(weight_information(model).item(), rel=1e-6)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.double])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_other_dtypes_train_under_a_cap(dtype, kind):
+    layer, x = plain_layer(kind)
+    layer = to_stochastic(layer.to(dtype), local=False, max_log_alpha=0.0)
+    y = layer(x.to(dtype))
+    y.sum().backward()
+    assert y.dtype == layer.log_sigma2.grad.dtype == sampled_network(layer).weight.dtype == dtype
+    assert layer.log_sigma2.grad.any()
+
+
+def test_information_of_a_bfloat16_layer():
+    layer = StochasticLinear(30, 20, log_alpha=-2.0)
+    nats = layer.information().item()
+    assert layer.bfloat16().information().dtype == torch.float32
+    assert layer.information().item() == pytest.approx(nats, rel=0.05)
+
+
+def test_denormals_are_flushed():
+    assert (torch.tensor([1e-39]) * torch.tensor([0.5])).item() == 0
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_torchvision_models_convert_with_equal_outputs(name, recwarn):
+    model = getattr(torchvision.models, name)(weights=None).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before, keys = model(x), set(model.state_dict())
+        layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        assert to_stochastic(model) is model
+        assert torch.equal(model(x), before)
+        with sample_weights(model):
+            assert not torch.equal(model(x), before)
+    assert not [w for w in recwarn if "noise" in str(w.message)]
+    assert keys < set(model.state_dict())
+    nats = sum(m.information().item() for m in layers)
+    assert weight_information(model).item() == pytest.approx(nats, rel=1e-5)
+    ib_loss(model.train()(x), torch.tensor([1, 2]), model, 1.0, 100)[0].backward()
+    assert all(m.log_sigma2.grad.abs().sum() > 0 for m in layers)
+
+
+def test_linear_layers_are_local_and_convolutions_are_not():
+    model = to_stochastic(nn.Sequential(nn.Linear(2, 2), nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1)))
+    assert [m.local for m in model] == [True, False, False]
+
+
+def test_converting_twice_changes_nothing():
+    model = to_stochastic(nn.Linear(2, 2), log_alpha=-3.0)
+    before = copy.deepcopy(model.state_dict())
+    assert to_stochastic(model) is model
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_layer_held_twice_stays_one():
+    shared = nn.Linear(3, 3)
+    model = to_stochastic(nn.Sequential(shared, nn.ReLU(), shared))
+    assert model[0] is model[2]
+    assert len(list(model.parameters())) == 3
 
 
 def test_a_layer_is_skipped_under_each_of_its_names():
     shared = nn.Linear(2, 2)
     model = to_stochastic(nn.ModuleDict(dict(a=shared, b=shared, c=nn.Linear(2, 2))), skip="b")
-    assert not hasattr(shared, "log_sigma2") and hasattr(model["c"], "log_sigma2")
+    assert type(shared) is nn.Linear
+    assert type(model["c"]) is StochasticLinear
 
 
-def test_a_seeds_own_cells_stay_apart_when_other_seeds_are_trained(tmp_path):
-    cells = [{"beta": 1}, {"beta": 1, "budget": 2, "seed": 0}]
-    args = argparse.Namespace(figure="toy", scale="demo", dataset="synthetic", out=tmp_path, jobs=1,
-                              shard=(1, 1), device=torch.device("cpu"), plot_only=False)
-
-    def rows(seed):
-        args.seeds = [seed]
-        return run_grid(cells, lambda cell, *_: {"value": 0.0}, args)
-
-    assert len(rows(0)) == 2 and len(rows(1)) == 3
+def test_skip_silences_one_name_of_several():
+    model = nn.Sequential(nn.MultiheadAttention(10, 2), nn.Linear(5, 20))
+    with pytest.warns(UserWarning, match=r"counted .*: 0.out_proj.weight$"):
+        to_stochastic(model, skip="0.in_proj_weight")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layer, shape", [(nn.Conv2d(3, 4, 3), (2, 3, 5, 5)),
-                                          (nn.Linear(5, 4), (2, 5))])
-def test_half_precision_models_train_under_a_cap(dtype, layer, shape):
-    model = to_stochastic(layer.to(dtype), local=False, max_log_alpha=0.0)
-    y = model(torch.ones(shape, dtype=dtype))
-    y.sum().backward()
-    assert y.dtype == model.log_sigma2.grad.dtype == dtype and model.log_sigma2.grad.any()
+def test_a_zero_among_weights_starts_with_noise_of_the_others():
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.data = torch.tensor([[0.0, 3.0]])
+    to_stochastic(layer, log_alpha=-6.0)
+    expected = torch.tensor([[-6 + math.log(9 / 2), -6 + math.log(9)]])
+    torch.testing.assert_close(layer.log_sigma2.data, expected)
 
 
-def test_batch_normalisation_is_restored_after_a_batch_that_fails():
-    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, momentum=0.2))
-    with pytest.raises(RuntimeError):
-        with bn_recalibrated(model, [torch.ones(4, 3), torch.ones(4, 5)], draw=False):
-            pass
-    assert model.training and model[1].momentum == 0.2 and (model[1].running_mean == 0).all()
+def test_weight_information_under_functional_call():
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = to_stochastic(nn.Linear(20, 20))
+
+        def forward(self):
+            return weight_information(self.model)
+
+    counted = Counted()
+    held = {name: 2 * p.detach() for name, p in counted.named_parameters()}  # no Parameters
+    nats = torch.func.functional_call(counted, held, ())
+    assert nats.item() == pytest.approx(naive_kl(held["model.weight"], held["model.log_sigma2"])
+                                        .item(), rel=1e-4)
 
 
-def test_data_in_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
-    found = {"x_train": np.zeros((3, 28, 28), int), "y_train": np.zeros(3, int),
-             "x_test": np.ones((2, 28, 28), int), "y_test": np.ones(2, int)}
-    monkeypatch.setattr(common, "_from_torchvision", lambda *_: found)
-
-    def refuse(path, **arrays):
-        path.touch()
-        raise PermissionError(path)
-
-    monkeypatch.setattr(np, "savez", refuse)
-    assert load_mnist(tmp_path)[2].shape == (2, 1, 28, 28) and not list(tmp_path.iterdir())
-    found["y_test"] += 10
-    with pytest.raises(DataError, match="y_test should be 0 to 9"):
-        load_mnist(tmp_path)
+def test_ib_loss_takes_classes_of_pixels_and_small_integers():
+    model, logits = to_stochastic(nn.Linear(5, 4)), torch.randn(7, 4, 3, 2)
+    target = torch.randint(4, (7, 3, 2))
+    expected = -logits.log_softmax(1).gather(1, target[:, None]).mean().item()
+    for target in (target, target.to(torch.uint8)):
+        assert ib_loss(logits, target, model, 0.0, 7)[1].item() == pytest.approx(expected)
 
 
-def test_a_data_folder_that_is_a_file_and_an_unknown_data_set(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="--scale demo needs no data"):
-        load_mnist(tmp_path / "file")
-    with pytest.raises(KeyError):
-        load_images("cifar-10", str(tmp_path), 1, 1)
+def test_on_a_gpu_with_information_is_a_graph(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda both, args: (both, args))
+    batch = argparse.Namespace(device=torch.device("cuda"), clone=lambda: "copy")
+    net = to_stochastic(nn.Linear(2, 2))
+    both, args = with_information(net, batch)
+    assert args == ("copy",)  # a graph overwrites its input
+    assert both.model is net
+    assert isinstance(with_information(net, batch, lambda net: 0), nn.Module)  # may be no graph
 
 
-@pytest.mark.parametrize("n, delta", [(0, 0.05), (-100, 0.05), (10, 0.0), (10, 2.0)])
-def test_pac_bayes_bound_refuses_impossible_samples_and_probabilities(n, delta):
-    with pytest.raises(ValueError):
-        pac_bayes_bound(0.5, 10.0, n, delta=delta)
+@KINDS
+@BOTH
+@LOCAL
+@pytest.mark.parametrize("log_alpha, scale", [(-100.0, 0.0), (-100.0, 1.0), (100.0, 1.0)])
+def test_values_and_gradients_are_finite(kind, noise, local, log_alpha, scale):
+    plain, x = plain_layer(kind)
+    layer = to_stochastic(plain, noise=noise, local=local, log_alpha=log_alpha)
+    with torch.no_grad():
+        layer.weight.view(-1)[0] = 0
+    x = (scale * x).requires_grad_()
+    (layer(x).square().mean() + layer.information()).backward()
+    assert layer.information().isfinite()
+    for tensor in (x, *layer.parameters()):
+        assert tensor.grad.isfinite().all()
 
 
-def test_rows_are_written_in_a_notebook_too(monkeypatch):
-    monkeypatch.delattr(common, "__file__")
-    assert common._git_revision()
+@pytest.mark.parametrize("make", [sampled_network, mean_network])
+def test_copies_keep_the_modes_of_layers(make):
+    model = noisy_net().train()
+    model[1].eval()
+    assert [m.training for m in make(model)] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("skip, plain", [("0", [0]), (["1", "2"], [1, 2]), ("1.0.weight", [1]),
+                                         (("0.weight", "2"), [0, 2])])
+def test_skipped_layers_blocks_and_weights_stay_plain(skip, plain):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
+    to_stochastic(model, skip=skip)
+    layers = model[0], model[1][0], model[2]
+    assert [i for i, layer in enumerate(layers) if type(layer) is nn.Linear] == plain
+
+
+def test_unknown_names_and_noise_are_refused():
+    with pytest.raises(ValueError, match="classifier"):
+        to_stochastic(nn.Linear(2, 2), skip="classifier")
+    with pytest.raises(ValueError, match="uniform"):
+        to_stochastic(nn.Linear(2, 2), noise="uniform")
+
+
+class Subclass(nn.Linear):
+    pass
+
+
+def quantised():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(10, 30),
+                             torch.ao.nn.quantized.dynamic.Linear(30, 20),
+                             torch.ao.nn.quantized.dynamic.Linear(20, 10))
+
+
+PLAIN = {  # layer: what holds its weights, how many they are
+    "MultiheadAttention": (lambda: nn.MultiheadAttention(10, 2),
+                           ["0.in_proj_weight", "0.out_proj.weight"], 400),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(2, 5, 3), ["0.weight"], 90),
+    "LSTM": (lambda: nn.LSTM(3, 5), ["0.weight_ih_l0", "0.weight_hh_l0"], 160),
+    "Embedding": (lambda: nn.Embedding(10, 4), ["0.weight"], 40),
+    "subclass": (lambda: Subclass(5, 8), ["0.weight"], 40),
+    "parametrised": (lambda: parametrizations.weight_norm(nn.Linear(5, 8)), [
+        "0.parametrizations.weight.original0", "0.parametrizations.weight.original1"], 48),
+    "hooked": (lambda: torch.nn.utils.spectral_norm(nn.Linear(5, 8)), ["0.weight_orig"], 40),
+    "lazy": (lambda: nn.LazyLinear(8), ["0.weight"], 0),
+    "quantised": (quantised, ["0.0.weight", "0.1.weight", "0.2.weight"], 1100),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(quant|LazyModule|lazy)")
+@pytest.mark.parametrize("kind", PLAIN)
+def test_one_warning_names_the_plain_weights_and_their_share(kind):
+    make, names, count = PLAIN[kind]
+    with pytest.warns(UserWarning) as caught:
+        to_stochastic(nn.Sequential(make(), nn.Linear(5, 20), nn.LayerNorm(20)))
+    message, = (str(w.message) for w in caught if "skip=" in str(w.message))
+    assert message.startswith(f"{count / (count + 100):.1%} of the weights")
+    assert message.endswith(": " + ", ".join(names))
+
+
+@pytest.mark.filterwarnings("ignore:.*(quant|LazyModule|lazy)")
+@pytest.mark.parametrize("kind", PLAIN)
+def test_skip_silences_the_warning(kind, recwarn):
+    to_stochastic(nn.Sequential(PLAIN[kind][0](), nn.Linear(5, 20)), skip="0")
+    assert not [w for w in recwarn if "skip=" in str(w.message)]
+
+
+def test_a_checkpoint_gives_the_same_net():
+    model, x = to_stochastic(small_net(), log_alpha=-2.0), torch.randn(2, 1, 6, 6)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    twin = to_stochastic(small_net())
+    twin.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert torch.equal(twin(x), model(x))
+    assert torch.equal(twin[0].log_sigma2, model[0].log_sigma2)
+
+
+def test_weight_information_is_that_of_all_layers_however_held():
+    model = to_stochastic(nn.Sequential(*(nn.Linear(20, 20) for _ in range(4))))
+    nats = sum(naive_kl(m.weight, m.log_sigma2).item() for m in model)
+    assert weight_information(model).item() == pytest.approx(nats, rel=1e-4)
+    for layer in model:  # weights are new tensors whenever they are looked up
+        parametrizations.weight_norm(layer)
+    assert weight_information(model).item() == pytest.approx(nats, rel=1e-4)
+
+
+def test_frozen_weights_have_frozen_noise():
+    layer = nn.Linear(4, 3)
+    layer.weight.requires_grad_(False)
+    to_stochastic(layer)
+    assert not layer.log_sigma2.requires_grad
+    assert to_stochastic(nn.Linear(4, 3)).log_sigma2.requires_grad
+
+
+def test_batch_norm_may_be_called_by_keyword():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.norm(input=x)
+
+    net, x = Net(), 2 + torch.randn(50, 3)
+    torch.testing.assert_close(common.recalibrate_bn(net, x).norm.running_mean, x.mean(0))
+
+
+def test_logits_of_one_dimension_are_refused():
+    with pytest.raises(ValueError, match="should be classes"):
+        ib_loss(torch.zeros(4), torch.arange(4), to_stochastic(nn.Linear(2, 2)), 1.0, 4)

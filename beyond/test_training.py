@@ -1,18 +1,27 @@
-"""Estimators where the answer is known, synthetic digits, in part by training. pytest beyond."""
+"""What nets are trained and measured on, and the code that counts as training. pytest beyond.
+
+Then estimators that are trained, where the answer is known.
+"""
 import argparse
 import copy
 import importlib
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from common import (_ratio_estimates, accuracy, bn_recalibrated, density_ratio_information,
-                    label_information, predict, synthetic_digits, to_stochastic, total_correlation)
+import common
+from common import (_ratio_estimates, density_ratio_information, label_information, normalise,
+                    total_correlation)
+from test_common import TINY
 
+HERE = Path(common.__file__).resolve().parent
 torch.set_num_threads(1)
 
 
@@ -20,6 +29,316 @@ torch.set_num_threads(1)
 def seed():
     torch.manual_seed(0)
 
+
+def demo(monkeypatch, script, tmp_path):
+    """(its module at the demo scale with TINY settings, args, its cells, one of each kind)."""
+    figure, kinds = importlib.import_module(script), {}
+    for name, changes in zip(("SETTINGS", "GRID"), TINY[script]):
+        if changes:
+            own = getattr(figure, name)
+            monkeypatch.setitem(own, "demo", own["demo"] | changes)
+    args = argparse.Namespace(figure=script, scale="demo", dataset="synthetic", data_dir=tmp_path,
+                              out=tmp_path, device=torch.device("cpu"))
+
+    def grid_instead(cells, *_):
+        for cell in cells:  # of one kind: same keys, same words
+            kind = *cell, *(value for value in cell.values() if isinstance(value, str))
+            kinds.setdefault(kind, cell | {"seed": 0})
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(figure, "parse_args", lambda *_: args)
+        patch.setattr(figure, "run_grid", grid_instead)
+        figure.main()
+    for cached in [common.load_images, *vars(figure).values()]:
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
+    return figure, args, list(kinds.values())
+
+
+def names(images):
+    """What tells images (n, ...) apart, as one key each."""
+    return [image.numpy().tobytes() for image in images.detach().float().contiguous()]
+
+
+class Oracle:
+    """While it is active, nets whose images are known answer with the truth.
+
+    truth: {name of an image: label}. right: of which copies, "sampled" or "mean", None: of all
+    nets; the others are wrong. It notes which images are seen in training and in measuring, the
+    learning rates, and beta/n of each step.
+    """
+
+    def __init__(self, monkeypatch, figure, truth, right=None):
+        self.truth, self.right = truth, right
+        self.trained, self.measured, self.rates, self.betas = set(), set(), [], []
+        for kind in ("sampled", "mean"):
+            make = getattr(common, f"{kind}_network")
+            for module in (common, figure):  # wherever they are looked up
+                monkeypatch.setattr(module, f"{kind}_network", self.named(make, kind),
+                                    raising=False)
+        backward = torch.Tensor.backward
+        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(self.note(loss)))
+
+    def named(self, make, kind):
+        def named_network(model):
+            net = make(model)
+            net.kind = kind
+            return net
+        return named_network
+
+    def __enter__(self):
+        self.hooks = [nn.modules.module.register_module_forward_hook(self.answer),
+                      register_optimizer_step_pre_hook(self.step)]
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+    def answer(self, net, arguments, logits):
+        known = names(arguments[0]) if arguments and arguments[0].dim() == 4 else []
+        if (not known or known[0] not in self.truth or isinstance(logits, tuple)
+                or logits.shape != (len(known), 10)):
+            return None
+        if torch.is_grad_enabled():
+            self.net = net
+            self.trained.update(known)
+        else:
+            self.measured.update(known)
+        labels = torch.tensor([self.truth[name] for name in known])
+        if self.right not in (None, getattr(net, "kind", None)):
+            labels = (labels + 1) % 10
+        return 0 * logits + 50 * F.one_hot(labels, 10)
+
+    def step(self, optimizer, *_):
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+        self.decays = [group["weight_decay"] for group in optimizer.param_groups]
+
+    def note(self, loss):
+        nats = [m.information().item() for m in self.net.modules() if hasattr(m, "information")]
+        self.betas.append(loss.item() / max(sum(nats), 1))  # the cross-entropy is 0
+        return loss
+
+
+def prepare(monkeypatch, tmp_path, script, right=None):
+    """(the script's module, args, {image: label} of training images, of test images, an Oracle)."""
+    figure, args, _ = demo(monkeypatch, script, tmp_path)
+    x, y, x_test, y_test, mean, std = figure.load_data(args)
+    size = 32 if "fig3" in script else 28
+    train = dict(zip(names(normalise(x, mean, std, size)), y.tolist()))
+    test = dict(zip(names(normalise(x_test, mean, std, size)), y_test.tolist()))
+    return figure, args, train, test, Oracle(monkeypatch, figure, train | test, right)
+
+
+FIG1, FIG2, FIG3 = "fig1_phase_transition", "fig2_corrupted_labels", "fig3_width_beta"
+CELLS = [  # script, cell, accuracy on the labels it is given of an oracle that knows the true ones
+    (FIG1, {"labels": "random", "n": 200, "beta": 0.1, "steps_factor": 2}, (0.02, 0.2)),
+    (FIG1, {"labels": "real", "n": 100, "beta": 0.1}, (1, 1)),
+    (FIG2, {"panel": "models", "model": "ResNet", "n": 100, "beta": 0.1}, (0.02, 0.2)),
+    (FIG2, {"panel": "corruption", "corruption": 0.0, "n": 100, "beta": 0.1}, (1, 1)),
+    (FIG2, {"panel": "corruption", "corruption": 0.5, "n": 100, "beta": 0.1}, (0.4, 0.7)),
+    (FIG3, {"panel": "beta", "beta": 0.1, "max_log_alpha": 0.0, "width": 1 / 32}, (1, 1)),
+    (FIG3, {"panel": "width", "weight_decay": 0.1, "width": 1 / 32}, (1, 1))]
+
+
+@pytest.mark.parametrize("script, cell, true", CELLS)
+def test_what_nets_are_trained_and_measured_on(monkeypatch, tmp_path, script, cell, true):
+    figure, args, train, test, oracle = prepare(monkeypatch, tmp_path, script)
+    with oracle:
+        row = figure.train_cell(cell | {"seed": 3}, args.device, args, lambda *_: None)
+    n = cell.get("n", len(train))
+    assert not train.keys() & test.keys()
+    assert not oracle.trained & test.keys()
+    assert 0.75 * n < len(oracle.trained) <= n
+    assert oracle.measured >= oracle.trained
+    assert len(oracle.measured & train.keys()) == n
+    assert len(oracle.measured & test.keys()) == figure.SETTINGS["demo"]["test"]
+    assert true[0] <= row["train_acc"] <= true[1]
+    assert row["test_acc"] == 1
+
+
+@pytest.mark.parametrize("script, cell, true", CELLS)
+def test_rates_and_penalty_in_training(monkeypatch, tmp_path, script, cell, true):
+    figure, args, _, _, oracle = prepare(monkeypatch, tmp_path, script)
+    s, noisy = figure.SETTINGS["demo"], "beta" in cell
+    with oracle:
+        row = figure.train_cell(cell | {"seed": 3}, args.device, args, lambda *_: None)
+    top = [s["lr"], s["lr_noise"]] if noisy else [s["lr_sgd"]]
+    assert oracle.rates[0] == pytest.approx([rate / 1000 for rate in top])
+    assert np.max(oracle.rates, 0) == pytest.approx(top)
+    assert oracle.rates[-1][0] < top[0]
+    assert len(oracle.rates) == s.get("steps", s.get("beta_steps")) * cell.get("steps_factor", 1)
+    assert set(oracle.decays) == {cell.get("weight_decay", 0)}
+    caps = {m.max_log_alpha for m in oracle.net.modules() if hasattr(m, "log_sigma2")}
+    assert caps == ({cell.get("max_log_alpha")} if noisy else set())
+    if noisy and true == (1, 1):  # beta/n rises from 0 to its value
+        assert oracle.betas[0] < 1e-6
+        assert oracle.betas[-1] == pytest.approx(cell["beta"] / row["n"] if "n" in row
+                                                 else cell["beta"] / cell["n"], rel=1e-3)
+
+
+@pytest.mark.parametrize("right", ["sampled", "mean"])
+@pytest.mark.parametrize("script, cell", [(script, cell) for script, cell, true in CELLS
+                                          if "beta" in cell and true == (1, 1)])
+def test_which_network_is_measured(monkeypatch, tmp_path, script, cell, right):
+    figure, args, _, _, oracle = prepare(monkeypatch, tmp_path, script, right)
+    with oracle:
+        row = figure.train_cell(cell | {"seed": 3}, args.device, args, lambda *_: None)
+    sampled, mean = float(right == "sampled"), float(right == "mean")
+    assert (row["train_acc"], row["test_acc_sampled"]) == (sampled, sampled)
+    assert row["test_acc"] == mean
+    assert (row["cross_entropy"] < 1e-6) == (right == "sampled")
+    assert row.get("train_acc_mean", mean) == mean
+
+
+def test_the_resnet_is_one(monkeypatch, tmp_path):
+    figure, args, _, _, oracle = prepare(monkeypatch, tmp_path, FIG2)
+    with oracle:
+        figure.train_cell(CELLS[2][1] | {"seed": 3}, args.device, args, lambda *_: None)
+    assert any(isinstance(m, figure.Block) for m in oracle.net)
+
+
+def size(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_networks_have_the_sizes_they_claim():
+    import fig1_phase_transition as fig1
+    import fig2_corrupted_labels as fig2
+    import fig3_width_beta as fig3
+    shifts = -64 - 64 - 384 - 192 - 10 + 64 + 384 + 192  # instead of biases
+    assert size(fig1.small_alexnet()) == size(fig2.small_alexnet()) == 1_387_786 + shifts
+    for width, count in ((1 / 4, 102_610), (1 / 2, 406_810), (1, 1_620_010)):  # the paper's
+        assert size(fig3.all_cnn(width)) == size(fig2.all_cnn(width)) == count - 1344 * width - 10
+    convolutions = [m for m in fig2.resnet(1 / 8, 2).modules()
+                    if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert len(convolutions) == 6 * 2 + 1
+
+
+@pytest.mark.parametrize("name", ["small_alexnet", "all_cnn", "resnet"])
+def test_every_parameter_of_figs_1_to_3_has_noise(name):
+    import fig2_corrupted_labels as fig2
+    make = {"resnet": lambda: fig2.resnet(1 / 8, 1)}.get(name, lambda: getattr(fig2, name)(1 / 16))
+    model = common.to_stochastic(make())
+    noisy = sum(m.weight.numel() for m in model.modules() if hasattr(m, "log_sigma2"))
+    assert size(model) == 2 * noisy
+
+
+def test_fig4_masks_noise_and_clutter(monkeypatch, tmp_path):
+    fig4, args, _ = demo(monkeypatch, "fig4_cluttered_mnist", tmp_path)
+    s, pairs, clutter, training, drawn, local = fig4.SETTINGS["demo"], [], [], [], [], []
+    x, _, x_test, *_ = fig4.load_data(args)
+    add_clutter, estimate = fig4.add_clutter, fig4.density_ratio_information
+
+    def add(digits, *arguments, **options):
+        clutter.append(names(digits))
+        return add_clutter(digits, *arguments, **options)
+
+    def estimated(*arguments, **options):
+        pairs.append((*arguments[1:3], options["held_out"]))
+        return estimate(*arguments, **options)
+
+    def look(m, inputs):
+        if pairs or not isinstance(m, nn.Conv2d):
+            return
+        if inputs[0].shape[1:] == (1, 28, 28):
+            if m.training and torch.is_grad_enabled():
+                training.append((inputs[0], set(clutter[-1])))
+            elif not m.training:
+                drawn.append(inputs[0])
+        elif not m.training and getattr(m, "sampling", False):
+            local.append(m.local)
+
+    monkeypatch.setattr(fig4, "add_clutter", add)
+    monkeypatch.setattr(fig4, "density_ratio_information", estimated)
+    hook = nn.modules.module.register_module_forward_pre_hook(look)
+    fig4.train_cell({"beta": 0.1, "seed": 0}, args.device, args, lambda *_: None)
+    hook.remove()
+    (z, masks, held_out), images = pairs[0], torch.cat(drawn)
+    images, white = images[-len(z):], images.max()
+    assert len(z) == len(masks) > s["test"] == held_out
+    assert masks.dtype == torch.bool
+    assert (images[masks] == white).all()
+    assert 80 < masks.sum() / len(masks) < 161
+    assert local
+    assert all(local)  # every example and position has noise of its own
+    train, test = set(names(x)), set(names(x_test))
+    assert not train & test
+    assert set(sum(clutter, [])) & test
+    for shown, digits in training:  # training digits, under clutter
+        assert digits <= train
+        assert (shown == white).sum((1, 2, 3)).min() > 60
+    shown = sum((names(shown) for shown, _ in training), [])
+    assert len(set(shown)) == s["steps"] * s["batch"]  # new in every batch
+
+
+def test_fig5_test_faces_are_not_trained_on(monkeypatch, tmp_path):
+    fig5, args, _ = demo(monkeypatch, "fig5_celeba_vae", tmp_path)
+    images, *_, parts = fig5.load_data(args)
+    parts = {name: set(rows.tolist()) for name, rows in parts.items()}
+    rows = dict(zip(names(images.flip(3)), range(len(images))))
+    rows |= dict(zip(names(images), range(len(images))))
+    assert not parts["train"] & parts["test"]
+    assert not parts["evaluation"] & parts["classifier"]
+    trained, measured = {}, set()
+
+    def look(m, inputs):
+        if isinstance(m, nn.Conv2d) and inputs[0].shape[1:] == (3, 64, 64):
+            pixels = ((inputs[0] + 1) * 127.5).round().to(torch.uint8)
+            known = {rows[name] for name in names(pixels) if name in rows}
+            if torch.is_grad_enabled() and m.training:
+                trained.setdefault(m, set()).update(known)
+            else:
+                measured.update(known)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(look)
+    fig5.train_cell({"beta": 0.1, "seed": 0}, args.device, args, lambda *_: None)
+    hook.remove()
+    evaluator, classifier, *others = trained.values()
+    assert min(len(evaluator), len(classifier)) > 9
+    assert evaluator <= parts["evaluation"]
+    assert classifier <= parts["classifier"]
+    assert not parts["test"] & set.union(*others)
+    assert parts["test"] <= measured
+
+
+# === The code that counts as training
+
+FIG1_TEXT = (HERE / "fig1_phase_transition.py").read_text()
+
+
+def code_of(folder, text):
+    """training_code of a script of this text, imported from a folder of its own."""
+    number = len(list(folder.iterdir()))
+    path = folder / f"script{number}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return common.training_code(module.train_cell, module.load_data)
+
+
+@pytest.mark.parametrize("old, new, changes", [
+    ("nn.MaxPool2d(2)", "nn.AvgPool2d(2)", True),  # the network
+    ("int(384 * width)", "int(256 * width)", True),
+    ("x + (shift", "x - (shift", True),  # a class that the network calls
+    ("beta_now / n * nats", "beta_now * nats", True),  # the training loop
+    ('s["draws"])', '4)', True),
+    ("# eq. 3, per sample", "# the loss", False),
+    ('"""Train and measure one net.', '"""Measure and train one net.', False),
+    ("        loss.backward()\n", "        loss.backward()\n\n", False),
+    ("F.cross_entropy(logits, y[index])", "F.cross_entropy( logits, y[index] )", False),
+    ('color="0.45", lw=2)', 'color="0.5", lw=3)', False),  # a plot
+    ("PAPER_LINE = -2.8", "PAPER_LINE = -2.9", False)])
+def test_training_code_is_that_of_nets_and_training(monkeypatch, tmp_path, old, new, changes):
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))  # where the project is
+    assert old in FIG1_TEXT
+    before, after = code_of(tmp_path, FIG1_TEXT), code_of(tmp_path, FIG1_TEXT.replace(old, new))
+    assert (before != after) == changes
+
+
+# === Estimators that are trained, and others, where the answer is known
 
 class PairCritic(nn.Module):
     """Scores all pairs of rows of z and n: a bilinear form and inner products of two embeddings."""
@@ -44,7 +363,7 @@ def gaussian_pairs(information, dim, count):
 
 @pytest.mark.parametrize("information, dim, within", [(0, 20, 0.05), (0.5, 1, 0.1),
                                                       (5, 20, 0.75)])
-def test_density_ratio_information_of_correlated_gaussians(information, dim, within):
+def test_density_ratio_of_correlated_gaussians(information, dim, within):
     z, n = gaussian_pairs(information, dim, 60_000)
     ours = density_ratio_information(PairCritic(dim), z, n, lr=5e-3, steps=800, patience=200)
     assert ours["plug_in"] == pytest.approx(information, abs=within)
@@ -52,7 +371,7 @@ def test_density_ratio_information_of_correlated_gaussians(information, dim, wit
         assert information - 2 * within < ours[bound] < information + within / 2
 
 
-def test_density_ratio_information_measures_what_it_was_given():
+def test_density_ratio_measures_what_it_was_given():
     z, n = gaussian_pairs(2, 5, 3000)
     z.requires_grad_()
     critic, parts = PairCritic(5), dict(validation=500, held_out=500)
@@ -63,7 +382,8 @@ def test_density_ratio_information_measures_what_it_was_given():
         return density_ratio_information(net, z, n, **parts, steps=60, batch=64)
 
     ours = estimate(n)
-    assert z.grad is None and estimate(n) == ours
+    assert z.grad is None
+    assert estimate(n) == ours
     # what was learned does not hold of the held-out pairs
     shuffled = torch.cat([n[:-500], n[-500:].roll(1, 0)])
     assert estimate(shuffled)["info_nce"] < 0 < ours["info_nce"]
@@ -76,7 +396,7 @@ def test_density_ratio_information_measures_what_it_was_given():
         density_ratio_information(critic, z * math.nan, n, **parts, steps=1)
 
 
-def test_density_ratio_information_keeps_the_best_state_and_stops():
+def test_density_ratio_keeps_the_best_state_and_stops():
     class Spoiled(nn.Module):  # good until its 100th training step
         def __init__(self):
             super().__init__()
@@ -90,24 +410,8 @@ def test_density_ratio_information_keeps_the_best_state_and_stops():
     z, n = gaussian_pairs(2, 5, 1000)
     net = Spoiled()
     ours = density_ratio_information(net, z, n, validation=300, held_out=300, patience=200)
-    assert net.seen in (50, 100) and ours["info_nce"] > 0.5
-
-
-def test_synthetic_digits_are_worth_training_on():
-    (x, y), (x_test, y_test) = synthetic_digits(2500, seed=0), synthetic_digits(1000, seed=1)
-    x, x_test, right = x.float() / 255, x_test.float() / 255, []
-    cnn = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(32 * 49, 10))
-    for model in (cnn, nn.Sequential(nn.Flatten(), nn.Linear(784, 10))):
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        for index in (part for _ in range(4) for part in torch.randperm(2500).split(50)):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[index]), y[index]).backward()
-            optimizer.step()
-        right.append(accuracy(model.eval()(x_test), y_test))
-    assert right[0] > 0.9 and right[1] < right[0] - 0.2
+    assert net.seen in (50, 100)
+    assert ours["info_nce"] > 0.5
 
 
 def test_label_information():
@@ -145,83 +449,3 @@ def test_ratio_estimates_of_scores_written_by_hand():
     assert ours["donsker_varadhan"] == pytest.approx(2 - math.log(sum(map(math.exp, wrong)) / 6))
     info_nce = scores.log_softmax(1).diagonal().mean().item() + math.log(3)
     assert ours["info_nce"] == pytest.approx(info_nce)
-
-
-def test_named_reads_what_a_half_tells_beyond_the_other():
-    from beyond import named
-    y = torch.randint(2, (6000, 6))
-    y[:, 2] = y[:, 0]  # of half B, told by half A
-    half = named.halves("synthetic", 6, "cpu")
-    assert half["A"].tolist() == [0, 1, 5] and half["B"].tolist() == [2, 3, 4]
-    z = torch.cat([8.0 * y[:, [2, 3]] - 4, torch.randn(6000, 6)], 1) + torch.randn(6000, 8)
-    s = dict(components=8, penalties=(0.001, 0.1))
-    row = named.read_attributes(z[:4000], z[4000:], y[:4000], y[4000:], half, s)
-    for key, value in ("beyond_A", 0), ("beyond_B", 1):  # times log 2
-        assert row[key] == pytest.approx(value * 0.693, abs=0.05), key
-
-
-def test_fig4_position_information_is_known_for_all_and_for_nothing():
-    """A square's place shown on 25x25 of the 28x28 pixels is all of log 625; noise is nothing."""
-    import fig4_cluttered_mnist as fig4
-    s = dict(decoder_steps=80, test=400)
-    places = torch.randint(625, (9000, 1))
-    corner = torch.zeros(9000, 25, 25).flatten(1).scatter(1, places, 1.0).view(-1, 1, 25, 25)
-    z = F.pixel_unshuffle(F.pad(corner, (0, 3, 0, 3)), 4)
-    known, curve = fig4.position_information(z, places, s)
-    nothing, _ = fig4.position_information(z, places.roll(1, 0), s | {"decoder_steps": 24})
-    assert 0.9 * math.log(625) < known < math.log(625) and -0.1 < nothing < 0.05
-    assert [step for step, _ in curve] == list(range(0, 81, 10))
-
-
-def test_fig5_ridge_reads_the_nats_of_a_gaussian_channel_and_none_from_what_is_independent():
-    import fig5_celeba_vae as fig5
-    r2 = torch.tensor([0.9, 0.5, 0.1, 0.0])
-    z, noise = torch.randn(8000, 30), torch.randn(8000, 4)
-    target = 7 * (r2.sqrt() * z[:, :4] + (1 - r2).sqrt() * noise)
-
-    def nats(z, n):
-        return fig5.gaussian_nats(target[4000:], fig5.ridge(z[:n], target[:n], z[4000:]))
-    assert nats(3 * z + 5, n=4000) == pytest.approx(-0.5 * (1 - r2).log().sum().item(), abs=0.06)
-    assert abs(nats(torch.zeros(8000, 30), n=4000)) < 0.01
-    unpenalised = -2 * np.log(300 / 180)  # expected of z that tells nothing, 120 columns, n = 300
-    assert 0.1 * unpenalised < nats(torch.randn(8000, 120), n=300) < 0.05
-
-
-def test_fig3_samples_one_net_for_all_images_and_averages_probabilities(monkeypatch):
-    import fig3_width_beta as fig3
-    seen = []
-    monkeypatch.setattr(fig3, "predict", lambda *inputs: seen.append(predict(*inputs)) or seen[-1])
-    torch.manual_seed(0)
-    model = to_stochastic(fig3.all_cnn(1 / 32), log_alpha=0.0)
-    x, label = torch.randn(20, 3, 32, 32), 3
-    test = torch.randn(1, 3, 32, 32).expand(150, -1, -1, -1)  # one image, in two batches
-    row = fig3.evaluate_draws(model, x, test, torch.full((150,), label), draws=3)
-    for logits in seen:
-        torch.testing.assert_close(logits, logits[:1].expand(150, -1))
-    mean, *draws = (logits[0].softmax(0)[label] for logits in seen)
-    assert len({probability.item() for probability in (mean, *draws)}) == 4
-    draws = torch.stack(draws)
-    assert row["test_nll"] == pytest.approx(-mean.log().item(), rel=1e-4)
-    assert row["test_nll_sampled"] == pytest.approx(-draws.log().mean().item(), rel=1e-4)
-    assert row["test_nll_average"] == pytest.approx(-draws.mean().log().item(), rel=1e-4)
-    right = [float(logits[0].argmax() == label) for logits in seen]
-    assert row["test_acc"] == right[0] and row["test_acc_sampled"] == np.mean(right[1:])
-    average = torch.stack(seen[1:]).softmax(-1).mean(0)
-    assert row["test_acc_average"] == float(average[0].argmax() == label)
-    with bn_recalibrated(model, x.split(100), draw=False):
-        torch.testing.assert_close(seen[0], predict(model, test))
-
-
-@pytest.mark.parametrize("script, cell, width", [
-    ("fig1_phase_transition", {"labels": "random"}, {"width": 1 / 16}),
-    ("fig2_corrupted_labels", {"panel": "models"}, {"widths": {"Small AlexNet": 1 / 16}})])
-def test_a_cell_may_have_a_peak_of_its_own(monkeypatch, script, cell, width):
-    figure = importlib.import_module(script)
-    peaks, args = [], argparse.Namespace(scale="demo", dataset="synthetic", data_dir="")
-    tiny = figure.SETTINGS["demo"] | width | dict(steps=3, test=20, peak=0.7)
-    monkeypatch.setitem(figure.SETTINGS, "demo", tiny)
-    monkeypatch.setattr(figure, "beta_at", lambda t, beta, peak: peaks.append(peak) or beta)
-    for own in ({}, {"peak": 0.5}):
-        figure.train_cell(cell | {"n": 100, "beta": 0.1, "seed": 0} | own,
-                          torch.device("cpu"), args, lambda *_: None)
-    assert peaks == 3 * [0.7] + 3 * [0.5]
