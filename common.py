@@ -447,6 +447,8 @@ def recalibrate_bn(net, x):
     return net
 
 
+# --- Training a stochastic network, and measuring it
+
 def param_groups(model, lr, lr_noise):
     """Two parameter groups for an optimiser: names ending in sigma2 at lr_noise, the rest at lr.
 
@@ -459,19 +461,22 @@ def param_groups(model, lr, lr_noise):
 
 
 def lr_factor(t, hold=0.8):
-    """Learning-rate factor at fraction t of the steps: 10% warm-up, 1 until hold, then a cosine."""
+    """Learning-rate factor at fraction t of the steps: 10% warm-up, 1 until hold, a cosine to 0."""
     if t < hold:
         return min(1, t / 0.1 + 0.001)
-    return 0.5 + 0.5 * math.cos(math.pi * (t - hold) / (round(1 - hold, 9) or 1))
+    progress = (min(t, 1) - hold) / (round(1 - hold, 9) or 1)
+    return 0.5 + 0.5 * math.cos(math.pi * progress)
 
 
 def beta_at(t, beta, peak):
-    """beta at fraction t of the steps: to max(beta, peak) over 40%, to beta from 50% to 70%.
+    """beta at fraction t of the steps: up to max(beta, peak) over 40%, to beta from 50% to 70%.
 
-    A net that has been at a larger beta holds fewer nats afterwards.
+    Passing through a larger beta lowers the final information.
     """
     top = max(beta, peak)
-    return top * min(1, t / 0.4) if t < 0.5 else top + (beta - top) * min(1, (t - 0.5) / 0.2)
+    if t < 0.5:
+        return top * min(1, t / 0.4)
+    return top + (beta - top) * min(1, (t - 0.5) / 0.2)
 
 
 def minibatches(n, batch, device):
@@ -497,21 +502,25 @@ def accuracy(logits, labels):
 
 @torch.no_grad()
 def evaluate(model, x, y, x_test, y_test, draws=8):
-    """Accuracies, and nats per training sample, of networks with batch norm of their own: floats.
+    """Accuracies, and nats per training sample, of networks with batch norm of their own: dict.
 
-    train_acc, cross_entropy, test_acc_sampled: of one sampled network, the mean over `draws` of
-    them; train_acc_mean, test_acc: of the mean network.
+    train_acc, cross_entropy, test_acc_sampled: of one sampled network, the mean over draws.
+    train_acc_mean, test_acc: of the mean network.
     """
     def measure(net):
         recalibrate_bn(net, x).eval()
-        logits = predict(net, x)
-        return (accuracy(logits, y), F.cross_entropy(logits, y).item(),
-                accuracy(predict(net, x_test), y_test))
+        logits, logits_test = predict(net, x), predict(net, x_test)
+        return {"train_acc": accuracy(logits, y),
+                "cross_entropy": F.cross_entropy(logits, y).item(),
+                "test_acc": accuracy(logits_test, y_test)}
 
-    sampled = np.mean([measure(sampled_network(model)) for _ in range(draws)], 0).tolist()
-    train_acc_mean, _, test_acc = measure(mean_network(model))
-    return {"train_acc": sampled[0], "cross_entropy": sampled[1], "test_acc_sampled": sampled[2],
-            "train_acc_mean": train_acc_mean, "test_acc": test_acc}
+    sampled = [measure(sampled_network(model)) for _ in range(draws)]
+    train_acc, cross_entropy, test_acc = (
+        float(np.mean([net[key] for net in sampled]))
+        for key in ("train_acc", "cross_entropy", "test_acc"))
+    mean = measure(mean_network(model))
+    return {"train_acc": train_acc, "cross_entropy": cross_entropy, "test_acc_sampled": test_acc,
+            "train_acc_mean": mean["train_acc"], "test_acc": mean["test_acc"]}
 
 
 # === 2. Weight-IB loss ====================================
@@ -1518,6 +1527,17 @@ def crossing(points, level):
 def per_seed(function, rows):
     """function(ok rows of one seed) for each seed: array."""
     return np.array([function(own) for own in group_by(ok_rows(rows), "seed").values()])
+
+
+def cell_table(rows, keys, columns):
+    """Means over seeds, a line for each kind of cell. keys, columns: {title: key in the rows}."""
+    table = []
+    for cell, own in group_by(rows, *keys.values()).items():
+        line = dict(zip(keys, cell)) | {"seeds": len(own)}
+        for title, key in columns.items():
+            line[title] = fmt([row[key] for row in own if key in row])
+        table.append(line)
+    return table
 
 
 def fmt(values, form="{:.2f}"):

@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.tri import Triangulation
 
-from common import (beta_at, check, corrupt_labels, draw_subset, evaluate, fmt, group_by,
+from common import (beta_at, cell_table, check, corrupt_labels, draw_subset, evaluate, group_by,
                     load_images, lr_factor, minibatches, normalise, ok_rows, param_groups,
                     parse_args, per_seed, plot_points, run_grid, save_panels, save_tables,
                     summarise, to_stochastic, weight_information, with_information)
@@ -139,113 +139,135 @@ def train_cell(cell, device, args, progress, information=weight_information, **c
 # line at a constant beta/N on real labels.
 PAPER_CROSSING = {100: 1.3, 300: 0.49, 1000: 0.63, 3000: 0.74, 10_000: 0.60, 30_000: 0.33,
                   48_000: 0.29}
-PAPER_LINE = -2.8  # log10 beta/N
-LEVELS = (0.3, 0.4, 0.5)  # train accuracies of equal fit on real labels
-MAP_LABEL = {"train_acc": "train accuracy", "test_acc": "test accuracy"}
+PAPER_LINE = -2.8
+FITS = (0.3, 0.4, 0.5)  # train accuracies on real labels at which nets of different N compare
 
 
-def beta_at_accuracy(rows, level):
-    """The beta at which train accuracy first falls through level, linear in log beta; or nan."""
-    return at_accuracy(rows, level, "beta")
+def at_accuracy(rows, level, key="beta"):
+    """The value of key where train accuracy falls through level as beta grows; nan if nowhere.
 
-
-def at_accuracy(rows, level, key):
-    """The value of key there, its logarithm interpolated linearly in accuracy; or nan."""
-    curve = [(group[0]["beta"], np.mean([row["train_acc"] for row in group]),
-              np.mean([math.log(row[key]) for row in group]))
-             for group in group_by(rows, "beta").values()]
-    for (_, above, start), (_, below, end) in zip(curve, curve[1:]):
-        if above >= level > below:
-            return math.exp(start + (end - start) * (above - level) / (above - below))
+    Between two beta, the logarithm of the value is linear in accuracy.
+    """
+    accuracy = [mean for _, mean, *_ in summarise(rows, "beta", "train_acc")]
+    value = [math.log(mean) for _, mean, *_ in summarise(rows, "beta", key)]
+    for i in range(len(value) - 1):
+        if accuracy[i] >= level > accuracy[i + 1]:
+            share = (accuracy[i] - level) / (accuracy[i] - accuracy[i + 1])
+            return math.exp(value[i] + share * (value[i + 1] - value[i]))
     return math.nan
 
 
 def fall_factor(rows):
     """By which factor in beta train accuracy falls from 80% to 20%."""
-    return beta_at_accuracy(rows, 0.2) / beta_at_accuracy(rows, 0.8)
+    return at_accuracy(rows, 0.2) / at_accuracy(rows, 0.8)
 
 
-def growth_exponent(nats):
-    """k of a fit of I ~ N^k to {N: I}; nan for fewer than two."""
-    nats = {n: value for n, value in nats.items() if value > 0}
-    if len(nats) < 2:
-        return math.nan
-    return float(np.polyfit(np.log(list(nats)), np.log(list(nats.values())), 1)[0])
+def information_at_beta(rows, beta=0.1):
+    """Nats at this beta."""
+    own = ok_rows(rows, beta=beta)
+    return own[0]["information"] if own else math.nan
 
 
-def information_at_beta(rows, beta):
-    """{N: nats} of one seed at this beta."""
-    return {row["n"]: row["information"] for row in ok_rows(rows, beta=beta)}
+def exponent(rows, information):
+    """k of a fit I ~ N^k to information(rows of one N), of one seed; nan for fewer than two N."""
+    sizes, nats = [], []
+    for (n,), own in group_by(rows, "n").items():
+        if information(own) > 0:
+            sizes.append(n)
+            nats.append(information(own))
+    return np.polyfit(np.log(sizes), np.log(nats), 1)[0] if len(sizes) > 1 else math.nan
 
 
-def information_at_fit(rows, level):
-    """{N: nats} of one seed where train accuracy falls through level."""
-    return {n: at_accuracy(own, level, "information") for (n,), own in group_by(rows, "n").items()}
+def exponents(rows, information):
+    """{"": exponent of each seed that has one}."""
+    values = per_seed(partial(exponent, information=information), rows)
+    return {"": values[np.isfinite(values)]}
+
+
+def log_line(rows, level=0.4):
+    """log10 beta/N where train accuracy falls through level."""
+    return math.log10(at_accuracy(rows, level) / rows[0]["n"])
+
+
+def first_train_acc(rows):
+    return rows[0]["train_acc"]
+
+
+def mean_test_acc(rows):
+    return np.mean([row["test_acc"] for row in rows])
 
 
 def overfitting(rows):
-    """Train minus test accuracy of one sampled network."""
+    """Train minus test accuracy, both of one sampled network."""
     return rows[0]["train_acc"] - rows[0]["test_acc_sampled"]
+
+
+def best_beta(rows):
+    """The beta of the best test accuracy, the mean over seeds."""
+    curve = summarise(rows, "beta", "test_acc")
+    return max(curve, key=itemgetter(1))[0]
 
 
 def by_size(rows, function, n_from=0):
     """{"N = 100": function of each seed's rows, ...}, for N from n_from on."""
-    return {f"N = {n:,}": per_seed(function, own) for (n,), own in group_by(rows, "n").items()
-            if n >= n_from}
+    values = {}
+    for (n,), own in group_by(rows, "n").items():
+        if n >= n_from:
+            values[f"N = {n:,}"] = per_seed(function, own)
+    return values
 
 
-def exponents(rows, nats_by_size):
-    """{"": growth_exponent of each seed with two or more N}."""
-    values = per_seed(lambda own: growth_exponent(nats_by_size(own)), rows)
-    return {"": values[np.isfinite(values)]}
-
-
-def accuracy_map(ax, rows, key):
+def accuracy_map(ax, rows, key, title):
     """A panel of the paper: accuracy over log10 N and log10 beta/N."""
     cells = group_by(rows, "n", "beta")
     x, y = np.log10([[n, beta / n] for n, beta in cells]).T
     value = [np.mean([row[key] for row in own]) for own in cells.values()]
-    triangles = Triangulation(x, x + y).triangles  # of N and beta, whose cells are a grid
+    # the triangles are those of N and beta, in which the cells are a grid
+    triangles = Triangulation(x, x + y).triangles
     colours = ax.tricontourf(Triangulation(x, y, triangles), value, np.linspace(0.12, 0.98, 44),
                              cmap="coolwarm", extend="both")
     ax.figure.colorbar(colours, ax=ax, ticks=[0.2, 0.4, 0.6, 0.8])
     ax.plot(x, y, "k.", ms=2)
-    ends = np.array([2, max(x)])
-    ax.plot(ends, -ends, "k--", lw=1)
-    ax.annotate("β = 1", (ends[0], -ends[0]), xytext=(3, 3), textcoords="offset points")
-    labels = rows[0]["labels"]
-    ax.set(xlabel="log₁₀ N", ylabel="log₁₀(β/N)", title=f"{MAP_LABEL[key]}, {labels} labels")
+    draw_line(ax, {n: 1 for n, _ in cells}, "β = 1", "k", ls="--", lw=1)
+    ax.set(xlabel="log₁₀ N", ylabel="log₁₀(β/N)", title=title)
     ax.invert_yaxis()
 
 
-def random_map(ax, rows):
-    accuracy_map(ax, rows, "train_acc")
-    largest = max(row["n"] for row in rows)
-    ours = {n: beta_at_accuracy(own, 0.55) for (n,), own in group_by(rows, "n").items()}
-    paper = {n: beta for n, beta in PAPER_CROSSING.items() if n <= largest}
-    for points, colour, name in ((paper, "0.45", "55%, paper"), (ours, "k", "55%, here")):
+def draw_line(ax, beta_by_size, name, colour, **style):
+    """A line over the map through {N: beta}, named at its right end."""
+    points = {n: beta for n, beta in beta_by_size.items() if beta > 0}  # not nan
+    if points:
         x, y = np.log10([[n, beta / n] for n, beta in points.items()]).T
-        ax.plot(x, y, color=colour, lw=2)
-        ax.annotate(name, (x[-1], y[-1]), color=colour, ha="right", va="bottom")
+        ax.plot(x, y, color=colour, **style)
+        ax.annotate(name, (x[-1], y[-1]), xytext=(2, 0), textcoords="offset points", color=colour)
+
+
+def crossings(rows, level):
+    """{N: beta where the mean train accuracy falls through level}."""
+    return {n: at_accuracy(own, level) for (n,), own in group_by(rows, "n").items()}
+
+
+def random_map(ax, rows):
+    accuracy_map(ax, rows, "train_acc", "train accuracy, random labels")
+    largest = max(row["n"] for row in rows)
+    paper = {n: beta for n, beta in PAPER_CROSSING.items() if n <= largest}
+    draw_line(ax, paper, "55%, paper", "0.45", lw=2)
+    draw_line(ax, crossings(rows, 0.55), "55%, here", "k", lw=2)
 
 
 def real_map(ax, rows):
-    accuracy_map(ax, rows, "train_acc")
-    for level in LEVELS:
-        points = {n: beta_at_accuracy(own, level) for (n,), own in group_by(rows, "n").items()}
-        x, y = np.log10([[n, beta / n] for n, beta in points.items()]).T
-        ax.plot(x, y, "k", lw=1)
-        if np.isfinite(y).any():
-            last = np.flatnonzero(np.isfinite(y))[-1]
-            ax.annotate(f"{level:.0%}", (x[last], y[last]))
-    ax.axhline(PAPER_LINE, color="0.45", lw=2)
-    ax.annotate("paper", (2, PAPER_LINE), color="0.45", va="bottom")
+    accuracy_map(ax, rows, "train_acc", "train accuracy, real labels")
+    for level in FITS:
+        draw_line(ax, crossings(rows, level), f"{level:.0%}", "k", lw=1)
+    paper = {n: n * 10**PAPER_LINE for n in crossings(rows, 0.4)}
+    draw_line(ax, paper, "paper", "0.45", lw=2)
 
 
 def accuracy_panel(ax, rows, key, title):
     """Accuracy against beta, a curve for each N."""
     groups = group_by(rows, "n")
-    for (n,), colour in zip(groups, plt.cm.viridis(np.linspace(0, 0.9, len(groups)))):
+    colours = plt.cm.viridis(np.linspace(0, 0.9, len(groups)))
+    for (n,), colour in zip(groups, colours):
         plot_points(ax, summarise(rows, "beta", key, n=n), color=colour, label=f"N = {n:,}")
     ax.axvline(1, color="k", ls="--", lw=1)
     ax.set(xscale="log", xlabel="β", title=title, ylim=(0, 1.02))
@@ -253,33 +275,42 @@ def accuracy_panel(ax, rows, key, title):
 
 
 def information_panel(ax, random, real):
-    """Information in the weights against N: all memorised, and at equal fit."""
-    curves = [(random, partial(information_at_beta, beta=0.1), "C3o-", "random labels, β = 0.1"),
-              (real, partial(information_at_beta, beta=0.1), "C0o-", "real labels, β = 0.1")]
-    curves += [(real, partial(information_at_fit, level=level), f"C0{marker}:",
-                f"real labels, {level:.0%} train accuracy")
-               for level, marker in zip(LEVELS, "vs^")]
-    for rows, nats_by_size, style, label in curves:
-        points = [{"status": "ok", "n": n, "nats": nats}
-                  for own in group_by(rows, "seed").values()
-                  for n, nats in nats_by_size(own).items() if nats > 0]
-        plot_points(ax, summarise(points, "n", "nats"), style, label=label)
+    """Information in the weights against N: all memorised (β = 0.1), and at equal fit."""
+    draw_information(ax, random, information_at_beta, "C3o-", "random labels, β = 0.1")
+    draw_information(ax, real, information_at_beta, "C0o-", "real labels, β = 0.1")
+    for level, marker in zip(FITS, "vs^"):
+        at_fit = partial(at_accuracy, level=level, key="information")
+        draw_information(ax, real, at_fit, f"C0{marker}:", f"real labels, {level:.0%} fitted")
     ax.set(xscale="log", yscale="log", xlabel="N", ylabel="I(w;D), nats",
            title="information in the weights")
     ax.legend()
 
 
+def draw_information(ax, rows, information, style, label):
+    points = []
+    for (n, _), own in group_by(rows, "n", "seed").items():
+        if information(own) > 0:  # not nan
+            points.append({"status": "ok", "n": n, "nats": information(own)})
+    plot_points(ax, summarise(points, "n", "nats"), style, label=label)
+
+
+def is_grid(rows):
+    """Two or more N and two or more beta, as a map needs."""
+    return len(group_by(rows, "n")) > 1 and len(group_by(rows, "beta")) > 1
+
+
 def plot(random, real, args):
     panels = []
-    for rows, key, panel in ((random, "train_acc", random_map), (real, "train_acc", real_map),
-                             (real, "test_acc", partial(accuracy_map, key="test_acc"))):
-        grid = group_by(rows, "n", "beta")
-        if min(len({n for n, _ in grid}), len({beta for _, beta in grid})) > 1:
-            panels.append(partial(panel, rows=rows))
+    if is_grid(random):
+        panels.append(partial(random_map, rows=random))
+    if is_grid(real):
+        panels.append(partial(real_map, rows=real))
+        panels.append(partial(accuracy_map, rows=real, key="test_acc",
+                              title="test accuracy, real labels"))
     if random:
         panels.append(partial(accuracy_panel, rows=random, key="train_acc",
                               title="train accuracy, random labels"))
-    if len({row["n"] for row in random + real if row["beta"] == 0.1}) > 1:
+    if len(group_by(ok_rows(random + real, beta=0.1), "n")) > 1:
         panels.append(partial(information_panel, random=random, real=real))
     if real:
         panels.append(partial(accuracy_panel, rows=real, key="test_acc",
@@ -288,21 +319,17 @@ def plot(random, real, args):
     save_panels(panels, title, args)
 
 
-def first_train_acc(rows):
-    return rows[0]["train_acc"]
-
-
 def claims(random, real):
     """The paper's claims; their thresholds were set before the grid was trained."""
-    edge = by_size(random, partial(beta_at_accuracy, level=0.55))
-    means = [values.mean() for values in edge.values()]
-    paper_edge = "; ".join(f"{beta:g}" for beta in PAPER_CROSSING.values())
-    exponent_at_fit = {level: exponents([row for row in real if row["n"] >= 1000],
-                                        partial(information_at_fit, level=level))
-                       for level in LEVELS}
-    line = by_size(real, lambda own: math.log10(beta_at_accuracy(own, 0.4) / own[0]["n"]), 3000)
-    best = {f"N = {n:,}": [max(summarise(own, "beta", "test_acc"), key=itemgetter(1))[0]]
-            for (n,), own in group_by(real, "n").items()}
+    edge = by_size(random, partial(at_accuracy, level=0.55))
+    edges = [values.mean() for values in edge.values()]
+    spread = [max(edges) / min(edges)] if len(edges) > 1 else []
+    from_1000 = [row for row in real if row["n"] >= 1000]
+    fit_40, fit_50 = (
+        exponents(from_1000, partial(at_accuracy, level=level, key="information"))
+        for level in (0.4, 0.5))
+    real_12, real_4 = ok_rows(real, beta=1.2), ok_rows(real, beta=4.0)
+    best = {f"N = {n:,}": [best_beta(own)] for (n,), own in group_by(real, "n").items()}
     return [
         check("random labels, β = 0.1: memorised (train accuracy at least 90%)", "yes",
               by_size(ok_rows(random, beta=0.1), first_train_acc), (0.9, 1)),
@@ -310,41 +337,29 @@ def claims(random, real):
               by_size(ok_rows(random, beta=1.2), first_train_acc), (0, 0.2)),
         check("random labels: from 80% to 20% within a factor 2.5 in β", "about 10",
               by_size(random, fall_factor), (1, 2.5)),
-        check("random labels: through 55% at a β from 0.5 to 1.1", paper_edge, edge, (0.5, 1.1)),
+        check("random labels: through 55% at a β from 0.5 to 1.1",
+              "; ".join(f"{beta:g}" for beta in PAPER_CROSSING.values()), edge, (0.5, 1.1)),
         check("random labels: this β changes with N by less than a factor 2", "4.5",
-              {"": [max(means) / min(means)]} if len(means) > 1 else {}, (1, 2)),
+              {"": spread}, (1, 2)),
         check("random labels: test accuracy is chance (8 to 12%)", "yes",
-              by_size(random, lambda own: np.mean([row["test_acc"] for row in own])),
-              (0.08, 0.12), "{:.1%}"),
+              by_size(random, mean_test_acc), (0.08, 0.12), "{:.1%}"),
         check("random labels, β = 0.1: information ~ N^k, k from 0.9 to 1.1", "1",
-              exponents(random, partial(information_at_beta, beta=0.1)), (0.9, 1.1)),
-        *(check(f"real labels, {level:.0%} train accuracy, N from 1,000: information ~ N^k, k "
-                "below 0.5", "saturates", exponent_at_fit[level], (-math.inf, 0.5))
-          for level in LEVELS[1:]),
-        check("real labels, 40% train accuracy: at log₁₀ β/N from −3.1 to −2.5", f"{PAPER_LINE}",
-              line, (-3.1, -2.5)),
+              exponents(random, information_at_beta), (0.9, 1.1)),
+        check("real labels, 40% fitted, N from 1,000: information ~ N^k, k below 0.5",
+              "saturates", fit_40, (-math.inf, 0.5)),
+        check("real labels, 50% fitted, N from 1,000: information ~ N^k, k below 0.5",
+              "saturates", fit_50, (-math.inf, 0.5)),
+        check("real labels, 40% fitted, N from 3,000: at log₁₀ β/N from −3.1 to −2.5",
+              f"{PAPER_LINE}", by_size(real, log_line, 3000), (-3.1, -2.5)),
         check("real labels, β = 1.2, N from 1,000: learned (train accuracy over 40%)", "yes",
-              by_size(ok_rows(real, beta=1.2), first_train_acc, 1000), (0.4, 1)),
+              by_size(real_12, first_train_acc, 1000), (0.4, 1)),
         check("real labels: test accuracy is best at a β from 0.5 to 2", "near 1", best, (0.5, 2),
               "{:g}"),
         check("real labels, β = 1.2: not overfitted (train within 10 points of test)", "yes",
-              by_size(ok_rows(real, beta=1.2), overfitting), (-math.inf, 0.1)),
+              by_size(real_12, overfitting), (-math.inf, 0.1)),
         check("real labels, β = 4, N from 3,000: not overfitted", "yes",
-              by_size(ok_rows(real, beta=4.0), overfitting, 3000), (-math.inf, 0.1)),
+              by_size(real_4, overfitting, 3000), (-math.inf, 0.1)),
     ]
-
-
-def cell_table(rows):
-    """Means over seeds of what was measured, for each kind of cell."""
-    columns = {"train": "train_acc", "cross-entropy": "cross_entropy", "I/N": "nats",
-               "objective": "objective", "test, mean network": "test_acc",
-               "test, sampled": "test_acc_sampled"}
-    table = []
-    for cell, own in group_by(rows, "labels", "n", "beta", "steps").items():
-        table.append(dict(zip(("labels", "N", "β", "steps"), cell)) | {"seeds": len(own)})
-        for name, key in columns.items():
-            table[-1][name] = fmt([row[key] for row in own])
-    return table
 
 
 def make_cells(scale):
@@ -355,9 +370,15 @@ def make_cells(scale):
             if scale == "cpu" and n in LARGE:  # hours: these seeds, not those of --seeds
                 one = [cell | {"seed": seed} for seed in SEEDS_LARGE[labels] for cell in one]
             cells += one
-    longer = [{"labels": labels, "n": n, "beta": beta, "seed": 0, "steps_factor": 2}
-              for labels, n, beta in grid["longer"]]
-    return cells + longer
+    for labels, n, beta in grid["longer"]:
+        cells.append({"labels": labels, "n": n, "beta": beta, "seed": 0, "steps_factor": 2})
+    return cells
+
+
+KEYS = {"labels": "labels", "N": "n", "β": "beta", "steps": "steps"}
+COLUMNS = {"train": "train_acc", "cross-entropy": "cross_entropy", "I/N": "nats",
+           "objective": "objective", "test, mean network": "test_acc",
+           "test, sampled": "test_acc_sampled"}
 
 
 def main():
@@ -366,12 +387,13 @@ def main():
     rows = ok_rows(rows)
     for row in rows:
         row["nats"] = row["information"] / row["n"]
-    random, real = (ok_rows(rows, labels=labels, steps_factor=None)
-                    for labels in ("random", "real"))
+    random = ok_rows(rows, labels="random", steps_factor=None)
+    real = ok_rows(rows, labels="real", steps_factor=None)
+    longer = ok_rows(rows, steps_factor=2)
     plot(random, real, args)
-    longer = [row for row in rows if row.get("steps_factor")]
-    save_tables(args, claims=claims(random, real), twice_the_steps=cell_table(longer),
-                cells=cell_table(random + real))
+    save_tables(args, claims=claims(random, real),
+                twice_the_steps=cell_table(longer, KEYS, COLUMNS),
+                cells=cell_table(random + real, KEYS, COLUMNS))
 
 
 if __name__ == "__main__":

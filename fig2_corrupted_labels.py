@@ -22,8 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (beta_at, check, corrupt_labels, crossing, draw_subset, evaluate, fmt, group_by,
-                    load_images, lr_factor, minibatches, normalise, ok_rows, param_groups,
+from common import (beta_at, cell_table, check, corrupt_labels, crossing, draw_subset, evaluate,
+                    group_by, load_images, lr_factor, minibatches, normalise, ok_rows, param_groups,
                     parse_args, per_seed, plot_points, run_grid, save_panels, save_tables,
                     summarise, to_stochastic, weight_information, with_information)
 
@@ -213,7 +213,8 @@ def add_derived(rows):
     real = {(row["n"], row["seed"]): row["nats"] for row in ok_rows(corrupted, corruption=0.0)}
     for row in corrupted:
         row["entropy"] = label_entropy(row["corruption"], row["kind"])
-        row["wrong"] = row["corruption"] * (0.9 if row["kind"] == "uniform" else 1)
+        wrong = row["corruption"] * (0.9 if row["kind"] == "uniform" else 1)
+        row["wrong"] = round(wrong, 6)
         if (row["n"], row["seed"]) in real:
             row["rise"] = row["nats"] - real[row["n"], row["seed"]]
     return rows
@@ -224,31 +225,36 @@ def transition(rows):
     return crossing(summarise(rows, "beta", "train_acc"), 0.55)
 
 
-def value_by(rows, *keys, value="rise"):
-    """{values of these keys: {seed: value}}."""
-    return {key: {row["seed"]: row[value] for row in own}
-            for key, own in group_by(rows, *keys).items()}
+def rises(rows, **where):
+    """{seed: rise of the information over real labels} of rows with these values."""
+    return {row["seed"]: row["rise"] for row in ok_rows(rows, **where) if "rise" in row}
 
 
 def steps_of_rise(rows):
-    """{"from to": how much the information rises, per seed} between successive corruptions."""
-    rises, steps = value_by(rows, "corruption"), {}
-    for ((low,), before), ((high,), after) in zip(list(rises.items()), list(rises.items())[1:]):
-        steps[f"{low:g} to {high:g}:"] = [after[seed] - before[seed] for seed in before
-                                          if seed in after]
+    """{"0 to 0.1:": by how much more the information rises, per seed} of successive corruptions."""
+    fractions, steps = sorted({row["corruption"] for row in rows}), {}
+    for low, high in zip(fractions, fractions[1:]):
+        before, after = rises(rows, corruption=low), rises(rows, corruption=high)
+        steps[f"{low:g} to {high:g}:"] = [after[seed] - before[seed]
+                                          for seed in before.keys() & after.keys()]
     return steps
 
 
-def pair_ratio(rows):
-    """How much pair flips raise the information, over uniform noise with as many wrong labels."""
+def growth_of_rise(rows):
+    """{"to N = 300:": by how much more the mean rise is than at the N before} of random labels."""
+    means = {n: np.mean(list(rises(own).values())) for (n,), own in group_by(rows, "n").items()}
+    sizes = list(means)
+    return {f"to N = {large:,}:": [means[large] - means[small]]
+            for small, large in zip(sizes, sizes[1:])}
+
+
+def pair_ratios(rows):
+    """Rise by pair flips over the rise by uniform noise with as many wrong labels, per seed."""
     ratios = {}
-    rises = {(kind, round(wrong, 6)): rise
-             for (kind, wrong), rise in value_by(rows, "kind", "wrong").items()}
-    for (kind, wrong), rise in rises.items():
-        uniform = rises.get(("uniform", wrong), {})
-        if kind == "pair":
-            ratios[f"{wrong:.0%} wrong:"] = [rise[seed] / uniform[seed] for seed in rise
-                                             if uniform.get(seed)]
+    for wrong in sorted({row["wrong"] for row in ok_rows(rows, kind="pair")}):
+        pair, uniform = (rises(rows, kind=kind, wrong=wrong) for kind in ("pair", "uniform"))
+        ratios[f"{wrong:.0%} wrong:"] = [pair[seed] / uniform[seed]
+                                         for seed in pair.keys() & uniform.keys()]
     return ratios
 
 
@@ -298,79 +304,55 @@ def entropy_panel(ax, rows):
 
 def plot(models, corrupted, args):
     grid, panels = GRID[args.scale], []
-    rises = [row for row in corrupted if "rise" in row]
-    main = ok_rows(rises, n=grid["n"])
+    rising = [row for row in corrupted if "rise" in row]
+    main = ok_rows(rising, n=grid["n"])
     if models:
         panels.append(partial(error_panel, rows=models, n=grid["n_models"]))
-    if rises:
-        panels.append(partial(wrong_panel, rows=rises))
-    if len({row["corruption"] for row in main}) > 2:
+    if rising:
+        panels.append(partial(wrong_panel, rows=rising))
+    if len(group_by(main, "corruption")) > 2:
         panels.append(partial(entropy_panel, rows=main))
     save_panels(panels, f"Fig. 2: {args.dataset}, scale {args.scale}", args)
+
+
+def model_claims(model, rows, low, high):
+    """The claims of the left panel about one network."""
+    paper = dict(zip(PAPER_BETAS, PAPER_ERROR[model]))
+    paper_edge = f"{crossing([(beta, -error) for beta, error in paper.items()], -45):.2g}"
+    error = {beta: [row["error"] for row in ok_rows(rows, beta=beta)] for beta in (low, high)}
+    edge = {"": per_seed(transition, rows)}
+    return [
+        check(f"{model}, random labels: under 15% error at β = {low:g}",
+              f"{paper.get(low, math.nan):g}%", {"": error[low]}, (0, 15), "{:.1f}%"),
+        check(f"{model}, random labels: over 80% error at β = {high:g}",
+              f"{max(paper.values()):g}%", {"": error[high]}, (80, 100), "{:.1f}%"),
+        check(f"{model}: through 55% accuracy at a β from 0.3 to 1.1", paper_edge, edge,
+              (0.3, 1.1)),
+        check(f"{model}: through 55% accuracy before β = 1", paper_edge, edge, (0, 1)),
+    ]
 
 
 def claims(models, corrupted, grid):
     """The paper's claims; their thresholds were set before the grid was trained."""
     low, *_, high = grid["betas"]
-    rises = [row for row in corrupted if "rise" in row and row["corruption"] > 0]
-    main, random = ok_rows(rises, n=grid["n"]), ok_rows(rises, corruption=1.0)
-    by_n = {f"N = {n:,}:": list(rise.values()) for (n,), rise in value_by(random, "n").items()}
+    main, random = ok_rows(corrupted, n=grid["n"]), ok_rows(corrupted, corruption=1.0)
+    noisy = [row for row in main if row.get("rise") and row["corruption"]]
     table = []
     for model in MODELS:
-        net, paper = ok_rows(models, model=model), dict(zip(PAPER_BETAS, PAPER_ERROR[model]))
-        error = {beta: [row["error"] for row in ok_rows(net, beta=beta)] for beta in (low, high)}
-        edge = {"": per_seed(transition, net)}
-        paper_edge = crossing([(beta, -value) for beta, value in paper.items()], -45)
-        table += [
-            check(f"{model}, random labels: under 15% error at β = {low:g}",
-                  f"{paper.get(low, math.nan):g}%", {"": error[low]}, (0, 15), "{:.1f}%"),
-            check(f"{model}, random labels: over 80% error at β = {high:g}",
-                  f"{max(paper.values()):g}%", {"": error[high]}, (80, 100), "{:.1f}%"),
-            check(f"{model}: through 55% accuracy at a β from 0.3 to 1.1", f"{paper_edge:.2g}",
-                  edge, (0.3, 1.1)),
-            check(f"{model}: through 55% accuracy before β = 1", f"{paper_edge:.2g}", edge, (0, 1)),
-        ]
+        table += model_claims(model, ok_rows(models, model=model), low, high)
     return table + [
         check("information grows with every step of uniform corruption", "yes",
-              steps_of_rise(ok_rows(corrupted, n=grid["n"], kind="uniform")), (0, math.inf)),
-        check("the rise from real to random labels grows with N (differences)", "not shown",
-              growth(by_n), (0, math.inf)),
+              steps_of_rise(ok_rows(main, kind="uniform")), (0, math.inf)),
+        check("the rise from real to random labels grows with N", "not shown",
+              growth_of_rise([row for row in random if "rise" in row]), (0, math.inf)),
         check("at N = 10,000 it is log 10 ± 0.3 = 2.0 to 2.6 nats per sample",
-              "3.1 (first version 2.2)", {"": by_n.get("N = 10,000:", [])},
+              "3.1 (first version 2.2)", {"": list(rises(random, n=10_000).values())},
               (LOG10 - 0.3, LOG10 + 0.3)),
         check("pair flips raise it less than half as much as uniform noise with as many wrong "
-              "labels", "0.60, 0.50, 0.41 by entropy", pair_ratio(main), (0, 0.5)),
+              "labels", "0.60, 0.50, 0.41 by entropy", pair_ratios(noisy), (0, 0.5)),
         check("rise / entropy of the label noise is constant within a factor 1.5", "theory",
-              {"": entropy_spread(main)}, (1, 1.5)),
+              {"": entropy_spread(noisy)}, (1, 1.5)),
     ]
-
-
-def growth(by_n):
-    """{"from to": difference of means} of values by N, ascending."""
-    means = {name: np.mean(values) for name, values in by_n.items()}
-    return {f"to {name}": [mean - before]
-            for (name, mean), before in zip(list(means.items())[1:], means.values())}
-
-
-def cell_table(rows):
-    """Means over seeds of what was measured, for each kind of cell."""
-    columns = {"train error, %": "error", "cross-entropy": "cross_entropy", "I/N": "nats",
-               "objective": "objective", "rise": "rise"}
-    table = []
-    for own in split_cells(rows):
-        first = own[0]
-        name = first.get("model") or f"{first['kind']} {first['corruption']:g}"
-        table.append({"net or corruption": name, "N": first["n"], "β": first["beta"],
-                      "seeds": len(own)})
-        for title, key in columns.items():
-            table[-1][title] = fmt([row[key] for row in own if key in row])
-    return table
-
-
-def split_cells(rows):
-    models, corrupted = ok_rows(rows, panel="models"), ok_rows(rows, panel="corruption")
-    return [*group_by(models, "model", "beta").values(),
-            *group_by(corrupted, "n", "kind", "corruption").values()]
 
 
 def make_cells(scale):
@@ -385,13 +367,21 @@ def make_cells(scale):
                     for model in MODELS for beta in grid["betas"]]
 
 
+MEASURES = {"train error, %": "error", "cross-entropy": "cross_entropy", "I/N": "nats",
+            "objective": "objective"}
+
+
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
     rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data)
     rows = add_derived(rows)
     models, corrupted = ok_rows(rows, panel="models"), ok_rows(rows, panel="corruption")
     plot(models, corrupted, args)
-    save_tables(args, claims=claims(models, corrupted, GRID[args.scale]), cells=cell_table(rows))
+    save_tables(args, claims=claims(models, corrupted, GRID[args.scale]),
+                models=cell_table(models, {"net": "model", "β": "beta"}, MEASURES),
+                corruption=cell_table(corrupted, {"N": "n", "kind": "kind",
+                                                  "corrupted": "corruption"},
+                                      MEASURES | {"rise": "rise"}))
 
 
 if __name__ == "__main__":
