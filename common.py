@@ -1181,6 +1181,7 @@ def parse_args(doc, datasets, seeds):
     args.jobs = args.jobs or (len(affinity(0)) if on_cpu else 1)
     args.seeds = list(dict.fromkeys(args.seeds or seeds[args.scale]))
     args.figure = Path(sys.argv[0]).stem
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook may be unknown here
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if closed, as by >&-
     with contextlib.suppress(AttributeError):  # of a notebook's stdout
         sys.stdout.reconfigure(errors="replace")  # where β cannot be shown, the rest is
