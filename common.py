@@ -771,7 +771,7 @@ def total_correlation(z):
     correlation = torch.corrcoef((z / z.abs().amax(0)).T).view(z.shape[1], z.shape[1])
     eigenvalues = torch.linalg.eigvalsh(correlation)
     # what the rounding of z and of this matrix leaves of an eigenvalue that is 0
-    rounding = len(eigenvalues) * max(precision**2, torch.finfo(torch.double).eps)
+    rounding = len(eigenvalues) * max(precision**2, 10 * torch.finfo(torch.double).eps)
     return -0.5 * torch.log(torch.where(eigenvalues > rounding, eigenvalues, 0)).sum()
 
 
