@@ -24,9 +24,15 @@ import textwrap
 import threading
 import time
 import tokenize
+import traceback
 import warnings
 from concurrent import futures
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: files are not locked
+    fcntl = None
 
 import numpy as np
 import torch
@@ -620,12 +626,22 @@ def layer_information(weight, alpha, x):
     """I(z;x) + TC(z) of z = Wx with noise on its weights, from inputs x: 0-d, nats (Prop. 5.1).
 
     weight: (out, in) means. alpha: (out, in) or float, as above. x: (n, in). Takes z and z|x as
-    Gaussian; inf if some x is all zero.
+    Gaussian; a unit that is always 0 holds 0 nats; else inf if some x is all zero. ValueError for
+    what is not finite.
     """
-    alpha = torch.as_tensor(alpha, dtype=weight.dtype, device=weight.device)
+    weight, x = weight.double(), x.double()
+    alpha = torch.as_tensor(alpha, dtype=torch.double, device=weight.device)
+    _require_finite(weight=weight, alpha=alpha, x=x)
     noise = x**2 @ (torch.expm1(alpha) * weight**2).T
     signal = (x @ weight.T).var(0, correction=0)
-    return 0.5 * (torch.log(signal + noise.mean(0)) - torch.log(noise).mean(0)).sum()
+    nats = 0.5 * (torch.log(signal + noise.mean(0)) - torch.log(noise).mean(0))
+    return nats[signal + noise.mean(0) > 0].sum()
+
+
+def _require_finite(**tensors):
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite")
 
 
 def flat_minimum_bound(weight, trace, beta):
@@ -659,8 +675,9 @@ def pac_bayes_bound(loss, divergence, n, *, max_loss=math.log(10), delta=0.05, l
 def label_information(logits, labels):
     """H(y) - cross-entropy, on test data a lower bound on I(z;y): 0-d tensor, nats.
 
-    logits: (n, classes); labels: (n,), whose frequencies give H(y).
+    logits: (n, classes), finite, else ValueError; labels: (n,), whose frequencies give H(y).
     """
+    _require_finite(logits=logits)
     frequencies = torch.bincount(labels).double() / len(labels)
     return torch.special.entr(frequencies).sum() - F.cross_entropy(logits.double(), labels)
 
@@ -669,30 +686,39 @@ def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=
                               lr=3e-3, steps=3000, patience=300):
     """I(z;n) in nats from a discriminator that tells pairs from shuffled pairs (Sec. 6).
 
-    discriminator(z, n) -> scores (len(z), len(n)) of all pairs of rows. `validation` pairs stop its
-    training once InfoNCE has not risen for `patience` steps; the last held_out give floats: plug_in
-    and the lower bounds info_nce (at most log held_out) and donsker_varadhan. ValueError: too few
-    pairs, scores of another shape; FloatingPointError: not finite.
+    discriminator(z, n) -> scores (len(z), len(n)) of all pairs of rows; it is trained, and gets
+    columns of floats standardised. Pairs are split at random: `validation` stop the training once
+    InfoNCE has not risen for `patience` steps; held_out give floats: plug_in and the lower bounds
+    info_nce (at most log held_out) and donsker_varadhan. ValueError: too few pairs, not finite,
+    impossible options, scores of another shape; FloatingPointError: scores not finite.
     """
-    z, n = z.detach(), n.detach()
+    z, n, critic = z.detach(), n.detach(), copy.deepcopy(discriminator).train()
     train = len(z) - validation - held_out
     if len(z) != len(n) or train < 2 or min(validation, held_out) < 2:
         raise ValueError(f"{len(z)} z, {len(n)} n: not over {validation + held_out + 1} pairs")
+    if not (steps >= 1 and patience >= 1 and batch >= 2 and lr > 0):
+        raise ValueError(f"{steps=} and {patience=} must be >= 1, {batch=} >= 2, {lr=} > 0")
+    _require_finite(z=z, n=n)
+    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0)).to(z.device)
+    train, validation, held_out = order.split([train, validation, held_out])
+    scale_z, scale_n = _standardiser(z[train]), _standardiser(n[train])
+    batch = min(batch, len(train))
 
     def estimates(part):
-        discriminator.eval()
+        critic.eval()
         with torch.no_grad():
-            scores = torch.cat([discriminator(rows, n[part]) for rows in z[part].split(500)])
-        discriminator.train()
+            all_n = scale_n(n[part])
+            scores = torch.cat([critic(scale_z(z[rows]), all_n) for rows in part.split(500)])
+        critic.train()
         if not scores.isfinite().all():
             raise FloatingPointError("scores that are not finite")
         return _ratio_estimates(scores.float())
 
-    optimizer = torch.optim.Adam(discriminator.parameters(), lr, fused=True)
-    best, best_step, batch = -math.inf, 0, min(batch, train)
+    optimizer = torch.optim.Adam(critic.parameters(), lr, fused=True)
+    best, best_step = -math.inf, 0
     for step in range(1, steps + 1):
-        index = torch.randperm(train, device=z.device)[:batch]
-        scores = discriminator(z[index], n[index])
+        index = train[torch.randperm(len(train), device=z.device)[:batch]]
+        scores = critic(scale_z(z[index]), scale_n(n[index]))
         if scores.shape != (batch, batch):
             raise ValueError(f"scores {tuple(scores.shape)}: not of every pair of {batch} rows")
         log_odds = scores - math.log(batch - 1)  # one true pair among batch - 1 shuffled ones
@@ -701,16 +727,24 @@ def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=
         loss.backward()
         optimizer.step()
         if step % 50 == 0 or step == steps:
-            bound = estimates(slice(train, train + validation))["info_nce"]
+            bound = estimates(validation)["info_nce"]
             if bound > best:
                 best, best_step = bound, step
-                state = {name: v.clone() for name, v in discriminator.state_dict().items()}
+                discriminator.load_state_dict(critic.state_dict())
             elif step - best_step >= patience:
                 break
-    discriminator.load_state_dict(state)
+    critic.load_state_dict(discriminator.state_dict())
     if best <= 0:
-        return _ratio_estimates(torch.zeros(held_out, held_out))
-    return estimates(slice(train + validation, None))
+        return _ratio_estimates(torch.zeros(len(held_out), len(held_out)))
+    return estimates(held_out)
+
+
+def _standardiser(rows):
+    """A function that standardises columns of floats by the statistics of these rows."""
+    if not rows.is_floating_point():
+        return lambda x: x
+    std, mean = torch.std_mean(rows, 0)
+    return lambda x: (x - mean) / torch.where(std > 0, std, 1)
 
 
 def _ratio_estimates(scores):
@@ -727,15 +761,21 @@ def _ratio_estimates(scores):
 def total_correlation(z):
     """TC(z) = KL(p(z) || prod_i p(z_i)) of a Gaussian with the covariance of z: 0-d, nats.
 
-    z: (n, ...), flattened to (n, d), without constants. About d^2/(4n) too high; ValueError unless
-    n > d + 1.
+    z: (n, ...), flattened to (n, d), without constants; inf if a column is a linear combination
+    of others. About d^2/(4n) too high; ValueError unless z is finite and n > d + 1.
     """
+    precision = torch.finfo(z.dtype if z.is_floating_point() else torch.double).eps
     z = z.detach().flatten(1).double()
-    z = z[:, z.std(0) > 0]
+    _require_finite(z=z)
+    z = z[:, (z != z[:1]).any(0)]
     if len(z) <= z.shape[1] + 1:
         raise ValueError(f"{len(z)} samples of {z.shape[1]} varying dimensions: too few")
-    correlation = torch.corrcoef(z.T).view(z.shape[1], z.shape[1])
-    return -0.5 * torch.linalg.slogdet(correlation).logabsdet
+    z = z - z.mean(0)
+    correlation = torch.corrcoef((z / z.abs().amax(0)).T).view(z.shape[1], z.shape[1])
+    eigenvalues = torch.linalg.eigvalsh(correlation)
+    # what the rounding of z and of this matrix leaves of an eigenvalue that is 0
+    rounding = len(eigenvalues) * max(precision**2, 10 * torch.finfo(torch.double).eps)
+    return -0.5 * torch.log(torch.where(eigenvalues > rounding, eigenvalues, 0)).sum()
 
 
 # === 4. Data ==============================================
@@ -749,6 +789,7 @@ ARRAYS = {  # file: {array: (shape of a row, largest value)}
     name: {"x_train": (shape, 255), "y_train": ((), 9), "x_test": (shape, 255), "y_test": ((), 9)}
     for name, shape in (("cifar10", (32, 32, 3)), ("mnist", (28, 28)))
 } | {"celeba64": {"images": ((64, 64, 3), 255), "attrs": ((40,), 1), "partition": ((), 2)}}
+TORCHVISION_FOLDERS = {"cifar10": "cifar-10-batches-py", "mnist": "MNIST", "celeba64": "celeba"}
 
 
 def load_cifar10(data_dir="data"):
@@ -780,24 +821,9 @@ def load_celeba(data_dir="data"):
 def _load_arrays(name, data_dir):
     path = Path(data_dir, f"{name}.npz")
     if not path.exists():
-        try:
-            found = _from_torchvision(name, str(data_dir))
-            arrays = _checked(name, found)
-        except Exception as error:  # urllib, gdown, tar and md5 checks each raise their own
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            advice = "--scale demo needs no data"
-            if name == "celeba64":
-                advice += (", or pip install gdown (with a daily quota), or unpack CelebA's "
-                           f"img_align_celeba.zip and .txt files in {path.parent}/celeba/")
-            raise DataError(f"no {path}, and the download failed ({reason}): {advice}") from error
-        temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
-        with contextlib.suppress(OSError):  # a folder that cannot be written to
-            try:
-                np.savez(temporary, **found)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        return arrays
+        with _one_process(path):
+            if not path.exists():
+                return _make_arrays(name, path)
     try:
         with np.load(path) as file:
             return _checked(name, file)
@@ -806,18 +832,58 @@ def _load_arrays(name, data_dir):
                         ) from error
 
 
+@contextlib.contextmanager
+def _one_process(path):
+    """Of processes that start together one makes the file, the others wait for it."""
+    lock = path.with_suffix(".lock")
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a folder that cannot be written to
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(lock, "w"))
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+                path.parent.rmdir()  # if it is empty
+
+
+def _make_arrays(name, path):
+    """The arrays from torchvision; path is written in one step."""
+    folder, copy = path.parent, path.parent / TORCHVISION_FOLDERS[name]
+    try:
+        found = _from_torchvision(name, str(folder))
+        arrays = _checked(name, found)
+    except Exception as error:  # urllib, gdown, tar and md5 checks each raise their own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        advice = "--scale demo needs no data"
+        if copy.exists():
+            advice += f", or delete {copy} if its files are damaged"
+        if name == "celeba64":
+            advice += (", or pip install gdown (with a daily quota), or unpack CelebA's "
+                       f"img_align_celeba.zip and .txt files in {copy}/")
+        raise DataError(f"no {path}, and the download failed ({reason}): {advice}") from error
+    temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
+    with contextlib.suppress(OSError):  # a folder that cannot be written to
+        try:
+            np.savez(temporary, **found)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return arrays
+
+
 def _checked(name, file):
     """The arrays as uint8 tensors; ValueError that names one of wrong shape or values."""
     arrays, rows = {}, {}
     for key, (shape, largest) in ARRAYS[name].items():
         array = file[key].ravel() if key.startswith("y_") else file[key]  # Keras's are (n, 1)
         n = rows.setdefault(key.partition("_")[2], len(array))  # of train, test or all
-        if array.dtype.kind not in "ui" or array.shape != (n, *shape):
-            raise ValueError(f"{key} should be integers {(n, *shape)}, found {array.dtype} "
-                             f"{array.shape}")
-        if array.min() < 0 or array.max() > largest:
-            raise ValueError(f"{key} should be 0 to {largest}, found {array.min()} to "
-                             f"{array.max()}")
+        if (array.dtype.kind not in "ui" or array.shape != (n, *shape)
+                or array.min() < 0 or array.max() > largest):
+            raise ValueError(f"{key} should be {(n, *shape)} integers from 0 to {largest}")
         arrays[key] = torch.from_numpy(array.astype(np.uint8))
     if name == "celeba64":
         arrays["attr_names"] = file["attr_names"]
@@ -1070,7 +1136,11 @@ def _user_errors():
         raise SystemExit(2) from None
 
 
-@_user_errors()
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):  # without the usage
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
 def parse_args(doc, datasets, seeds):
     """Read the command line shared by all scripts; doc: the script's docstring, for --help.
 
@@ -1088,12 +1158,9 @@ def parse_args(doc, datasets, seeds):
             raise ValueError
         return part, parts
 
-    def error(message):
-        raise OSError(f"{message} (see --help)")
-
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=layout, allow_abbrev=False)
-    parser.error, add = error, parser.add_argument
+    parser = _Parser(description=doc, formatter_class=layout, allow_abbrev=False)
+    add = parser.add_argument
     add("--gpu", type=number, help="index of the GPU")
     add("--scale", choices=list(datasets), help="default: paper on a GPU, else cpu")
     add("--dataset", help=f"one of {datasets}")
@@ -1105,17 +1172,19 @@ def parse_args(doc, datasets, seeds):
     add("--plot-only", action="store_true", help="only draw the rows there are")
     args = parser.parse_args()
     if args.jobs == 0:
-        error("--jobs 0: at least 1 is needed")
+        parser.error("--jobs 0: at least 1 is needed")
     args.device = _device(args.gpu)
     on_cpu = args.device.type == "cpu"
     args.scale = args.scale or ("cpu" if on_cpu else "paper")
     args.dataset = args.dataset or datasets[args.scale][0]
     if args.dataset not in datasets[args.scale]:
-        error(f"--dataset {args.dataset} is not in {datasets[args.scale]}, of --scale {args.scale}")
+        parser.error(f"--dataset {args.dataset} is not in {datasets[args.scale]}, of --scale "
+                     f"{args.scale}")
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
     args.jobs = args.jobs or (len(affinity(0)) if on_cpu else 1)
     args.seeds = list(dict.fromkeys(args.seeds or seeds[args.scale]))
     args.figure = Path(sys.argv[0]).stem
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook may be unknown here
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if closed, as by >&-
     with contextlib.suppress(AttributeError):  # of a notebook's stdout
         sys.stdout.reconfigure(errors="replace")  # where β cannot be shown, the rest is
@@ -1140,21 +1209,27 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
     loss) ends a cell whose loss is not finite. settings: rows of others do not count. prepare(args)
     is called before training. Rows, one JSON line each: figure, scale, dataset, status ("ok" or
     "diverged"), device, torch, git, settings, seconds, the cell's keys, what was measured.
+    A cell that raises is reported and gets no row; then exit status 1 when the others are trained.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SystemExit  # a worker imports a script without a __main__ guard: its parent says so
     names = sorted({"seed"}.union(*cells))
-    cells = [cell | {"seed": seed} for seed in args.seeds for cell in cells
-             if cell.get("seed", seed) == seed]
+    try:
+        cells = [_through_json(cell | {"seed": seed}) for seed in args.seeds for cell in cells
+                 if cell.get("seed", seed) == seed]
+        settings = _through_json(settings or {})
+    except Exception as error:
+        raise OSError(f"a cell or setting that a row cannot hold: {error}") from None
     part, parts = args.shard
     cells = cells[part - 1::parts]
     on_cpu = args.device.type == "cpu"
     head = {"figure": args.figure, "scale": args.scale, "dataset": args.dataset, "status": "ok",
             "device": "cpu" if on_cpu else torch.cuda.get_device_name(args.device),
             "torch": torch.__version__, "git": _git_revision(),
-            "code": training_code(train_cell, prepare),
-            "settings": json.loads(json.dumps(settings or {}))}  # tuples are lists, as in the rows
+            "code": training_code(train_cell, prepare), "settings": settings}
 
     def key(row):
-        return tuple(map(row.get, names))
+        return _hashable([row.get(name) for name in names])
 
     def counted(rows):  # of rows that stand twice, one
         return {key(row): row for row in rows if row["settings"] == head["settings"]}
@@ -1168,18 +1243,22 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
         print(f"{others} rows in {args.out} have other settings: left aside")
     changed = [row for row in rows.values() if row.get("code") != head["code"]]
     if changed:
-        commits = ", ".join(sorted({row["git"] for row in changed}))
+        commits = ", ".join(sorted({str(row.get("git")) for row in changed}))
         print(f"{len(changed)} rows were trained by other code than this one (commit {commits}): "
               "to train anew, add --out elsewhere")
     if args.plot_only or not todo:
         print("redrawing; to train again, add --out elsewhere" if rows else "no rows", flush=True)
     else:
         try:
-            _train(todo, train_cell, args, head, prepare)
+            failed = _train(todo, train_cell, args, head, prepare)
         except KeyboardInterrupt:
             print(f"\nstopped: {args.out} has the finished cells, the same command goes on",
                   file=sys.stderr)
             raise SystemExit(130) from None
+        if failed:
+            print(f"{failed} of {len(todo)} cells failed, see above: the same command tries them "
+                  "again, --plot-only draws the others", file=sys.stderr)
+            raise SystemExit(1)
         rows = counted(read_rows(args))
     if not ok_rows(rows.values()):
         if not cells:  # a shard beyond the last cell
@@ -1189,28 +1268,71 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
     return list(rows.values())
 
 
+def _through_json(value):
+    """A value as it is read again: a tuple as a list, a number of numpy or torch as a plain one.
+
+    FloatingPointError for what is not finite, at any depth; others for what JSON cannot hold.
+    """
+    def refuse(constant):
+        raise FloatingPointError(f"{constant} in {value}")
+
+    text = json.dumps(value, default=lambda number: number.tolist())
+    return json.loads(text, parse_constant=refuse)
+
+
+def _hashable(value):
+    """Lists and dicts as tuples."""
+    if isinstance(value, dict):
+        value = sorted(value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+
+
 def _train(todo, train_cell, args, head, prepare):
+    """Append a row for every cell that is trained; return how many failed."""
     part, parts = args.shard
     shard = f".{part}-of-{parts}" if parts > 1 else ""
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.figure}-{args.scale}{shard}.jsonl"
+    failed = 0
     with open(path, "a") as file:
-        if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
-            print(file=file)  # ends a line that a crash left unfinished
-        prepare(args)
-        started = time.monotonic()
-        with contextlib.closing(_finished_cells(todo, train_cell, args)) as finished:
-            for count, (cell, result, seconds) in enumerate(finished, 1):
-                row = head | {"seconds": round(seconds, 1)} | cell | result
-                print(json.dumps(row), file=file, flush=True)
-                if not path.exists():
-                    raise OSError(f"{path} was removed")
-                os.fsync(file.fileno())
-                shown = " ".join(f"{name} {value:.3f}" for name, value in result.items()
-                                 if name.endswith("acc") and value is not None)
-                minutes = (time.monotonic() - started) / 60
-                print(f"{count}/{len(todo)} {cell} {row['status']} {shown} {minutes:.1f} min, "
-                      f"{minutes / count * (len(todo) - count):.1f} to go", flush=True)
+        _lock(file)
+        try:
+            if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
+                print(file=file)  # ends a line that a crash left unfinished
+            prepare(args)
+            started = time.monotonic()
+            with contextlib.closing(_finished_cells(todo, train_cell, args)) as finished:
+                for count, (cell, result, seconds) in enumerate(finished, 1):
+                    minutes = (time.monotonic() - started) / 60
+                    if isinstance(result, str):
+                        failed += 1
+                        print(f"{cell} failed: {result}", file=sys.stderr, flush=True)
+                        continue
+                    row = head | {"seconds": round(seconds, 1)} | cell | result
+                    print(json.dumps(row), file=file, flush=True)
+                    if not path.exists():
+                        raise OSError(f"{path} was removed")
+                    os.fsync(file.fileno())
+                    shown = " ".join(f"{name} {value:.3f}" for name, value in result.items()
+                                     if name.endswith("acc") and isinstance(value, float))
+                    print(f"{count}/{len(todo)} {cell} {row['status']} {shown} {minutes:.1f} min, "
+                          f"{minutes / count * (len(todo) - count):.1f} to go", flush=True)
+        finally:
+            if path.is_file() and not path.stat().st_size:
+                path.unlink()
+    return failed
+
+
+def _lock(file):
+    """Claim the rows of this run; OSError if another process writes them."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(f"{file.name} is being written by another run: wait for it, or use --shard "
+                      "or another --out") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def read_rows(args):
@@ -1219,11 +1341,11 @@ def read_rows(args):
     wanted = args.figure, args.scale, int, dict
     for path in sorted([*args.out.glob(f"{stem}.jsonl"), *args.out.glob(f"{stem}.*-of-*.jsonl")]):
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        for number, line in enumerate(text.splitlines(True), 1):
+        for number, line in enumerate(text.splitlines(), 1):
             try:
                 row = json.loads(line)
                 kind = row["figure"], row["scale"], type(row["seed"]), type(row["settings"])
-                if kind != wanted or row["status"] not in ("ok", "diverged") or line[-1] != "\n":
+                if kind != wanted or row["status"] not in ("ok", "diverged"):
                     raise ValueError
                 if row["dataset"] == args.dataset:
                     rows.append(row)
@@ -1234,22 +1356,43 @@ def read_rows(args):
 
 
 def _finished_cells(todo, train_cell, args):
-    """Yield (cell, result, seconds) as cells finish, in this process or in args.jobs others."""
+    """Yield (cell, result or why it failed, seconds) as cells finish, in args.jobs processes.
+
+    Each worker is a pool of its own, so that one that is killed takes no other's cell along.
+    """
     jobs = min(args.jobs, len(todo))
     if jobs == 1:
         _set_up_process()
         yield from (_run_cell(train_cell, cell, args) for cell in todo)
         return
-    pool = futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _set_up_worker)
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
+    todo, running = iter(todo), {}
+
+    def train_next(pool=None, ready=None):
+        for cell in todo:
+            if pool is None:
+                pool = futures.ProcessPoolExecutor(1, context)
+                ready = pool.submit(_set_up_worker, train_cell)
+            running[pool.submit(_run_cell, train_cell, cell, args)] = cell, pool, ready
+            return
+
     try:
-        waiting = [pool.submit(_run_cell, train_cell, cell, args) for cell in todo]
-        for future in futures.as_completed(waiting):
-            yield future.result()
-    except futures.BrokenExecutor:
-        raise OSError("a worker process was killed, out of memory? Try fewer --jobs") from None
+        for _ in range(jobs):
+            train_next()
+        while running:
+            for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
+                cell, pool, ready = running.pop(future)
+                if error := ready.exception():
+                    raise OSError(f"worker processes cannot start ({error}): call main() under "
+                                  'if __name__ == "__main__", or use --jobs 1')
+                if future.exception():
+                    yield cell, "its process was killed, out of memory? Try fewer --jobs", 0
+                    train_next()
+                else:
+                    yield future.result()
+                    train_next(pool, ready)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
+        for child in set(multiprocessing.active_children()).difference(others):
             child.terminate()
 
 
@@ -1262,11 +1405,11 @@ def _run_cell(train_cell, cell, args):
 
     started = time.monotonic()
     try:
-        result = train_cell(cell, args.device, args, progress)
-        if not all(math.isfinite(v) for v in result.values() if isinstance(v, float)):
-            raise FloatingPointError
+        result = _through_json({**train_cell(cell, args.device, args, progress)})
     except FloatingPointError:
         result = {"status": "diverged"}
+    except (Exception, SystemExit):
+        result = traceback.format_exc()
     return cell, result, time.monotonic() - started
 
 
@@ -1280,7 +1423,8 @@ def _set_up_process():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def _set_up_worker():
+def _set_up_worker(train_cell):
+    """Get a new process ready; train_cell is only sent along to see that it can be."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -1333,17 +1477,25 @@ def _bare(text, tree):
 
 
 def _git_revision():
-    """Commit of this folder, "-dirty" if its Python files differ; "unknown" outside git."""
-    git = f'git -C "{Path(globals().get("__file__", ".")).parent}" '
-    failed, commit = subprocess.getstatusoutput(git + "rev-parse --short HEAD")
-    changes = subprocess.getoutput(git + 'status --porcelain -- "*.py"')
-    return "unknown" if failed else commit + ("-dirty" if changes else "")
+    """Commit of this folder, "-dirty" if its Python files differ; "unknown" if not tracked."""
+    file = Path(globals().get("__file__", "."))
+
+    def git(*arguments):
+        command = ["git", "-C", file.parent, *arguments]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "--", file.name)  # else an outer folder's commit
+        commit = git("rev-parse", "--short", "HEAD")
+        return commit + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def ok_rows(rows, **where):
     """The rows that did not diverge and have these values; None: or lack the key."""
     return [row for row in rows if row["status"] == "ok"
-            and all(row.get(name) == value for name, value in where.items())]
+            and all(_hashable(row.get(name)) == _hashable(value) for name, value in where.items())]
 
 
 def complete_seeds(rows, cells):
@@ -1356,7 +1508,7 @@ def group_by(rows, *keys):
     """{values of these keys, ascending: the rows that have them}."""
     groups = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+        groups.setdefault(_hashable([row[key] for key in keys]), []).append(row)
     return dict(sorted(groups.items()))
 
 
@@ -1401,15 +1553,14 @@ def fmt(values, form="{:.2f}"):
 
 def new_figure(rows, columns, title):
     """A figure in the house style and its axes (rows, columns); drawn to files, not a window."""
-    import matplotlib.pyplot as plt
-    plt.switch_backend("agg")
-    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
-                         "axes.titlesize": 10, "legend.fontsize": 7,
-                         "axes.formatter.min_exponent": 4})
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure  # of no backend, whatever MPLBACKEND says
+    rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
+                     "axes.titlesize": 10, "legend.fontsize": 7, "axes.formatter.min_exponent": 4})
     size = 4.3 * columns, 4.0 * rows + 0.4
-    fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    fig = Figure(size, layout="constrained")
     fig.suptitle(title)
-    return fig, axes
+    return fig, fig.subplots(rows, columns, squeeze=False)
 
 
 def save_panels(panels, title, args, columns=3):

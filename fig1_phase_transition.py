@@ -20,12 +20,10 @@ import math
 from functools import partial
 from operator import itemgetter
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib.tri import Triangulation
 
 from common import (beta_at, cell_table, check, corrupt_labels, draw_subset, evaluate, group_by,
                     load_images, lr_factor, minibatches, normalise, ok_rows, param_groups,
@@ -224,6 +222,7 @@ def by_size(rows, function, n_from=0):
 
 def accuracy_map(ax, rows, key, title):
     """A panel of the paper: accuracy over log10 N and log10 beta/N."""
+    from matplotlib.tri import Triangulation
     cells = group_by(rows, "n", "beta")
     x, y = np.log10([[n, beta / n] for n, beta in cells]).T
     value = [np.mean([row[key] for row in own]) for own in cells.values()]
@@ -271,8 +270,9 @@ def real_map(ax, rows):
 
 def accuracy_panel(ax, rows, key, title):
     """Accuracy against beta, a curve for each N."""
+    from matplotlib import colormaps
     groups = group_by(rows, "n")
-    colours = plt.cm.viridis(np.linspace(0, 0.9, len(groups)))
+    colours = colormaps["viridis"](np.linspace(0, 0.9, len(groups)))
     for (n,), colour in zip(groups, colours):
         plot_points(ax, summarise(rows, "beta", key, n=n), color=colour, label=f"N = {n:,}")
     ax.axvline(1, color="k", ls="--", lw=1)

@@ -11,7 +11,6 @@ Blier & Ollivier 2018). beta is raised from 0 without Fig. 1's detour, at which 
 """
 import math
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
 
@@ -76,11 +75,12 @@ def make_cells(scale):
 
 
 def main():
+    from matplotlib import colormaps
     args = parse_args(__doc__, fig1.DATASETS, SEEDS)
     rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], fig1.load_data)
     ok, sizes = add_derived(rows), GRID[args.scale]["sizes"]
     fig, axes = new_figure(1, 1, f"Proper Gaussian prior, {args.dataset}, scale {args.scale}")
-    for n, colour in zip(sizes, plt.cm.viridis([i / len(sizes) for i in range(len(sizes))])):
+    for n, colour in zip(sizes, colormaps["viridis"]([i / len(sizes) for i in range(len(sizes))])):
         memorised = [row for row in ok if row["n"] == n and row["r"] > 0]
         plot_points(axes[0, 0], summarise(memorised, "beta", "r"), color=colour, label=f"N = {n:,}")
     axes[0, 0].set(xlabel="β", ylabel="r, label nats per nat in the weights", ylim=(0, 1.05))
