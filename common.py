@@ -1441,11 +1441,11 @@ def training_code(train_cell, prepare=None):
         thing = inspect.unwrap(todo.pop())
         try:
             file = Path(inspect.getsourcefile(thing)).resolve()
-            text = textwrap.dedent(inspect.getsource(thing))
+            own = file.is_relative_to(here) and "site-packages" not in file.parts
+            if not own or thing is prepare or (thing.__module__, thing.__qualname__) in texts:
+                continue
+            text = textwrap.dedent(inspect.getsource(thing))  # slow: parses the whole file
         except (OSError, TypeError):  # built in, or typed into a shell
-            continue
-        own = file.is_relative_to(here) and "site-packages" not in file.parts
-        if not own or thing is prepare or (thing.__module__, thing.__qualname__) in texts:
             continue
         tree = ast.parse(text)
         texts[thing.__module__, thing.__qualname__] = _bare(text, tree)

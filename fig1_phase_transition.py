@@ -301,8 +301,9 @@ def draw_information(ax, rows, information, style, label):
 
 
 def is_grid(rows):
-    """Two or more N and two or more beta, as a map needs."""
-    return len(group_by(rows, "n")) > 1 and len(group_by(rows, "beta")) > 1
+    """Two or more N, and at one two or more beta: cells not on a line, as a map needs."""
+    sizes = group_by(rows, "n").values()
+    return len(sizes) > 1 and any(len(group_by(own, "beta")) > 1 for own in sizes)
 
 
 def plot(random, real, args):
