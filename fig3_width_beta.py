@@ -168,6 +168,7 @@ def measure(model, x, y, x_test, y_test, draws):
         log_p, labels = torch.cat(networks), labels.repeat(len(networks))
         return accuracy(log_p, labels), F.nll_loss(log_p, labels).item()
 
+    # all draws are kept, as their average is a prediction of its own
     _, mean = log_probabilities(mean_network(model))
     train, test = zip(*(log_probabilities(sampled_network(model)) for _ in range(draws)))
     average = torch.stack(test).logsumexp(0) - math.log(draws)
@@ -222,7 +223,7 @@ def rise_from_best(rows, key):
     """
     rises = {}
     for (seed,), own in group_by(rows, "seed").items():
-        others = [row for row in rows if row["seed"] != seed] or own
+        others = [row for row in rows if row["seed"] != seed] or own  # own: there is one seed
         error = {row["beta"]: row[key] for row in own}
         best = error[best_beta(others, key)]
         for beta in (min(error), max(error)):
