@@ -39,17 +39,17 @@ from common import (StochasticConv2d, accuracy, add_clutter, beta_at, check, com
 # How a cell is trained and read, stored in its row. n digits train the classifier; passes * n z,
 # each under clutter of its own, train what reads z. bfloat16: of the decoder; 20 times as slow on
 # a CPU without AVX512.
-SHARED = dict(batch=100, lr=0.003, lr_noise=0.05)
+SHARED = dict(lr=0.003, lr_noise=0.05)
 SETTINGS = {
-    "demo": dict(n=4000, test=1000, validation=500, passes=4, width=1 / 8, steps=400,
-                 decoder_channels=32, decoder_steps=300, discriminator_steps=200, patience=200,
+    "demo": dict(n=3000, test=1000, validation=500, passes=4, width=1 / 8, steps=400, batch=64,
+                 decoder_channels=32, decoder_steps=200, discriminator_steps=150, patience=150,
                  bfloat16=False, **SHARED),
     "cpu": dict(n=60_000, test=5000, validation=1000, passes=3, width=1 / 8, steps=1800,
-                decoder_channels=64, decoder_steps=8000, discriminator_steps=8000, patience=800,
-                bfloat16=False, **SHARED),
+                batch=100, decoder_channels=64, decoder_steps=8000, discriminator_steps=8000,
+                patience=800, bfloat16=False, **SHARED),
     "paper": dict(n=60_000, test=10_000, validation=2000, passes=3, width=1, steps=20_000,
-                  decoder_channels=128, decoder_steps=16_000, discriminator_steps=20_000,
-                  patience=1000, bfloat16=True, **SHARED),
+                  batch=100, decoder_channels=128, decoder_steps=16_000,
+                  discriminator_steps=20_000, patience=1000, bfloat16=True, **SHARED),
 }
 BETAS = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
 GRID = {"demo": dict(betas=(0.001, 0.1, 1.0), controls=(1.0,)),
