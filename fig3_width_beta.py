@@ -1,60 +1,67 @@
-"""Fig. 3: test error against the number of weights and, in the paper a U, against beta.
+"""Fig. 3: test error against the number of weights and, a U, against beta.
 
     python fig3_width_beta.py --scale demo     # synthetic images, 2 minutes on 2 cores
-    python fig3_width_beta.py --scale cpu      # 5,000 images of CIFAR-10, 8 hours on 2 cores
+    python fig3_width_beta.py --scale cpu      # 5,000 images of CIFAR-10, 12 hours on 2 cores
     python fig3_width_beta.py --gpu 0          # CIFAR-10, the paper's widths and 11 values of beta
 
-An All-CNN is trained on real labels without augmentation. Panel "width": plain weights. Panel
-"beta": one width, no weight decay, L = cross-entropy + beta/N * I(w;D). In the paper test error
-falls with width, then hardly rises; against beta it is a U (9.16% at 0.001, 8.06% at 0.03, 9.64% at
-100). Here: 47 to 31% with width; 43.4, 41.2, 90% at beta 0.001, 1, 100, for one sampled net no U.
+An All-CNN is trained on real labels without augmentation. Panel "width": plain weights, with and
+without weight decay. Panel "beta": one width, no decay, L = cross-entropy + beta/N * I(w;D). In
+the paper test error falls with width, then hardly rises; against beta it is a U with mild arms:
+9.16, 8.06, 9.64% at beta 0.001, 0.03, 100.
 
-Protocols, chosen by training loss or objective on a seed not in the grid. Width: SGD with Nesterov
-momentum, in bfloat16. Beta: Adam, every parameter with noise, beta raised from 0.
+How mild the right arm is depends on a cap on alpha, the variance of a weight's noise over its
+squared mean. Without one a large penalty drowns every weight, and error ends at chance. The cap
+log alpha <= -0.71 (noise of at most 0.7 times the weight) is the one in the authors' code of
+Information Dropout, github.com/ucla-vision/information-dropout; the paper names none.
+A weight at the cap holds zero nats, so nats under different caps do not compare.
+
+Protocols (results/protocols.md): SGD with Nesterov momentum for plain weights; for stochastic ones
+Adam, every parameter with noise, beta raised from 0. Errors are of the mean network, of one sampled
+network (the mean over draws) and of the draws' average prediction.
 """
+import math
+from functools import partial
+from operator import itemgetter
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (accuracy, claim, complete_seeds, draw_subset, evaluate, fmt, group_by,
-                    load_images, lr_factor, mean_network, minibatches, new_figure, normalise,
-                    ok_rows, param_groups, parse_args, plot_points, predict, recalibrate_bn,
-                    run_grid, sampled_network, save_figure, save_tables, summarise,
-                    to_stochastic, weight_information, with_information)
+from common import (accuracy, beta_at, check, complete_seeds, draw_subset, fmt, group_by,
+                    load_images, lr_factor, mean_network, minibatches, normalise, ok_rows,
+                    param_groups, parse_args, per_seed, plot_points, predict, recalibrate_bn,
+                    run_grid, sampled_network, save_panels, save_tables, summarise, to_stochastic,
+                    weight_information, with_information)
 
-# How a cell is trained, stored in its row. draws: nets sampled to be averaged.
+# How a cell is trained, stored in its row. draws: networks sampled and averaged.
 SHARED = dict(draws=20, lr_sgd=0.05, lr=0.024, lr_noise=0.01, hold=0.6)
 SETTINGS = {
-    "demo": dict(n=800, test=1000, batch=50, width_steps=600, beta_steps=600, draws=5,
+    "demo": dict(n=800, test=1000, batch=50, width_steps=600, beta_steps=500, draws=4,
                  lr_sgd=0.05, lr=0.003, lr_noise=0.04, hold=0.8),
     "cpu": dict(n=5000, test=10_000, batch=100, width_steps=1000, beta_steps=8000, **SHARED),
     "paper": dict(n=50_000, test=10_000, batch=100, width_steps=50_000, beta_steps=50_000,
                   **SHARED),
 }
 DECAYS = (0.001, 0.0)  # that of the All-CNN's authors, and none
-CAPPED = ((1.0, 0.0), (10.0, 0.0), (100.0, 0.0), (10.0, -2.0), (100.0, -2.0))  # beta, cap
-# The cells: widths; beta at one width, and capped.
+MAIN_CAP = -0.71  # 2 log 0.7
+CAPS = (MAIN_CAP, -2.0, None)
+# The cells: widths and weight decays; beta, at one width, and caps on log alpha.
 GRID = {
     "demo": dict(widths=(1 / 32, 1 / 16, 1 / 8), decays=(0.001,), beta_width=1 / 8,
-                 betas=(0.001, 0.01, 0.03, 0.1, 1.0), capped=()),
+                 betas=(0.001, 1.0, 100.0), caps=(MAIN_CAP, None)),
     "cpu": dict(widths=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2), decays=DECAYS, beta_width=1 / 8,
-                betas=(0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 100), capped=CAPPED),
+                betas=(0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0), caps=CAPS),
     "paper": dict(widths=(1 / 4, 1 / 2, 1, 2, 3), decays=DECAYS, beta_width=1,
-                  betas=tuple(10 ** (k / 2 - 3) for k in range(11)), capped=CAPPED),
+                  betas=tuple(10 ** (k / 2 - 3) for k in range(11)), caps=CAPS),
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
-DATASETS = {"demo": ["synthetic"], "cpu": ["cifar10", "synthetic"],
+DATASETS = {"demo": ["synthetic", "cifar10"], "cpu": ["cifar10", "synthetic"],
             "paper": ["cifar10", "synthetic"]}
 
 
-def load_data(args):
-    s = SETTINGS[args.scale]
-    return load_images(args.dataset, args.data_dir, s["n"], s["test"])
-
-
 class Shift(nn.Module):
-    """x + a bias per channel, of a linear layer, so that it gets noise too."""
+    """x + a bias per channel, of a linear layer, so that it has noise and is counted."""
 
     def __init__(self, channels):
         super().__init__()
@@ -66,8 +73,8 @@ class Shift(nn.Module):
         return x + (shift[:, :, None, None] if x.dim() == 4 else shift)
 
 
-def norm(channels, kind=nn.BatchNorm2d):
-    return nn.Sequential(kind(channels, affine=False), Shift(channels))
+def norm(channels):
+    return nn.Sequential(nn.BatchNorm2d(channels, affine=False), Shift(channels))
 
 
 def all_cnn(width=1.0):
@@ -83,8 +90,13 @@ def all_cnn(width=1.0):
                          nn.Flatten())
 
 
+def load_data(args):
+    s = SETTINGS[args.scale]
+    return load_images(args.dataset, args.data_dir, s["n"], s["test"])
+
+
 def train_cell(cell, device, args, progress):
-    """Train one net, with plain weights (panel "width") or stochastic ones (panel "beta")."""
+    """Train and measure one net: plain weights in the panel "width", else stochastic ones."""
     s, plain, beta = SETTINGS[args.scale], cell["panel"] == "width", cell.get("beta", 0.0)
     torch.manual_seed(cell["seed"])
     generator = torch.Generator().manual_seed(cell["seed"])
@@ -96,229 +108,318 @@ def train_cell(cell, device, args, progress):
 
     model = all_cnn(cell["width"])
     params = sum(p.numel() for p in model.parameters())
+    if not plain:
+        to_stochastic(model, max_log_alpha=cell.get("max_log_alpha"))
+    model.to(device, memory_format=torch.channels_last)  # faster on a CPU
     if plain:
         optimizer = torch.optim.SGD(model.parameters(), s["lr_sgd"], momentum=0.9, nesterov=True,
                                     weight_decay=cell["weight_decay"])
     else:
-        to_stochastic(model, max_log_alpha=cell.get("max_log_alpha"))
         optimizer = torch.optim.Adam(param_groups(model, s["lr"], s["lr_noise"]), fused=True)
-    model.to(device, memory_format=torch.channels_last)  # faster on a CPU
-    fast = plain and args.scale != "demo"  # slow on a CPU without bfloat16
-    bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    information = no_information if plain else weight_information
+    forward = with_information(model, x[:s["batch"]], information)
+    # half precision for the wide nets, where it is fast: a CPU with AVX2 alone emulates it
+    fast = device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    half = plain and fast and args.scale != "demo"
+    bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=half)
     steps = s[cell["panel"] + "_steps"]
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step / steps, s["hold"]))
-    batches, losses = minibatches(len(x), s["batch"], device), []
-    forward = None if plain else with_information(model, x[:s["batch"]])
-    for step in range(steps):
-        index = next(batches)
-        if plain:
-            with bfloat16:
-                loss = F.cross_entropy(model(x[index]).float(), y[index])
-        else:
+    for step, index in zip(range(steps), minibatches(s["n"], s["batch"], device)):
+        with bfloat16:
             logits, nats = forward(x[index])
-            penalty = beta * min(1, step / steps / 0.4) / len(x)
-            loss = F.cross_entropy(logits, y[index]) + penalty * nats
+        cross_entropy = F.cross_entropy(logits.float(), y[index])
+        beta_now = beta_at(step / steps, beta, 0)
+        loss = cross_entropy + beta_now / s["n"] * nats  # eq. 3, per sample
+
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
-        losses.append(loss.detach())
         if step % 100 == 0 or step == steps - 1:
             progress(step, steps, loss.item())
-    quarters = np.array_split(torch.stack(losses).cpu().numpy(), 4)
-    measured = {"params": params, "n": len(x), "information": None,
-                "loss_third": float(quarters[2].mean()), "loss_last": float(quarters[3].mean())}
+
     with bfloat16:
-        measured |= evaluate(model, x, y, x_test, y_test)
+        measured = measure(model, x, y, x_test, y_test, 1 if plain else s["draws"])
+    measured |= {"params": params, "n": s["n"], "bfloat16": half, "information": None}
     if not plain:
-        measured |= evaluate_draws(model, x, x_test, y_test, s["draws"])
         nats = weight_information(model).item()
-        objective = measured["cross_entropy"] + beta * nats / len(x)
+        objective = measured["cross_entropy"] + beta / s["n"] * nats
         measured |= {"objective": objective, "information": nats}
     return measured
 
 
+def no_information(model):
+    return 0.0
+
+
 @torch.no_grad()
-def evaluate_draws(model, x, x_test, y_test, draws):
-    """Test accuracy and NLL of mean weights, of one draw (mean over draws), of the draws' average.
+def measure(model, x, y, x_test, y_test, draws):
+    """Accuracies, and nats per image, of networks with batch norm of their own: floats.
 
-    Batch norm is estimated anew for each net.
+    train_acc, cross_entropy and what ends in _sampled: of one sampled network, the mean over draws;
+    test_acc, test_nll: of the mean network; _average: of the draws' average prediction.
     """
-    def predictions(net):
-        return predict(recalibrate_bn(net, x).eval(), x_test).log_softmax(1)
+    def log_probabilities(net):
+        recalibrate_bn(net, x).eval()
+        return predict(net, x).log_softmax(1), predict(net, x_test).log_softmax(1)
 
-    def nll(log_p):
-        return F.nll_loss(log_p, y_test).item()
+    def score(networks, labels):
+        log_p, labels = torch.cat(networks), labels.repeat(len(networks))
+        return accuracy(log_p, labels), F.nll_loss(log_p, labels).item()
 
-    mean = predictions(mean_network(model))
-    sampled = [predictions(sampled_network(model)) for _ in range(draws)]
-    average = torch.stack(sampled).logsumexp(0) - np.log(draws)
-    return {"test_acc": accuracy(mean, y_test), "test_nll": nll(mean),
-            "test_acc_sampled": float(np.mean([accuracy(log_p, y_test) for log_p in sampled])),
-            "test_nll_sampled": float(np.mean([nll(log_p) for log_p in sampled])),
-            "test_acc_average": accuracy(average, y_test), "test_nll_average": nll(average)}
+    # all draws are kept, as their average is a prediction of its own
+    _, mean = log_probabilities(mean_network(model))
+    train, test = zip(*(log_probabilities(sampled_network(model)) for _ in range(draws)))
+    average = torch.stack(test).logsumexp(0) - math.log(draws)
+    train_acc, cross_entropy = score(train, y)
+    test_acc, test_nll = score([mean], y_test)
+    test_acc_sampled, test_nll_sampled = score(test, y_test)
+    test_acc_average, test_nll_average = score([average], y_test)
+    return {"train_acc": train_acc, "cross_entropy": cross_entropy,
+            "test_acc": test_acc, "test_nll": test_nll,
+            "test_acc_sampled": test_acc_sampled, "test_nll_sampled": test_nll_sampled,
+            "test_acc_average": test_acc_average, "test_nll_average": test_nll_average}
 
 
-# The paper's Fig. 3, digitised: test error in % against the number of weights, and against beta
+# The paper's Fig. 3, digitised: test error in % against the number of weights, and against beta.
 PAPER_WIDTH = {102_610: 12.75, 406_810: 10.13, 1_620_010: 8.45, 6_465_610: 8.90, 14_536_810: 9.45}
-PAPER_BETA = dict(zip((10 ** (k / 2 - 3) for k in range(11)),
-                      (9.16, 9.10, 8.42, 8.06, 8.24, 8.49, 8.75, 8.93, 9.30, 9.41, 9.64)))
-KINDS = {"": "mean weights", "_sampled": "one sampled net", "_average": "average of sampled nets"}
+PAPER_BETAS = tuple(10 ** (k / 2 - 3) for k in range(11))
+PAPER_ERROR = (9.16, 9.10, 8.42, 8.06, 8.24, 8.49, 8.75, 8.93, 9.30, 9.41, 9.64)
+KINDS = {"": "mean network", "_sampled": "one sampled network", "_average": "average of draws"}
+NO_CAP = math.inf
+STYLES = {MAIN_CAP: "C0o-", -2.0: "C1D--", NO_CAP: "C3v:"}  # of curves, by cap
+FEWEST = 1e-3  # nats per sample where a net with fewer is drawn
 
 
 def add_derived(rows):
-    """The ok rows, with what follows."""
+    """The ok rows, with errors in %, nats per sample, and the cap as a number."""
     rows = ok_rows(rows)
     for row in rows:
         row["train_error"] = 100 * (1 - row["train_acc"])
-        for kind in KINDS:
-            row[f"test_error{kind}"] = 100 * (1 - row.get(f"test_acc{kind}", np.nan))
-        row["nats"] = (row["information"] or 0) / row["n"]
-        row["cap"] = row.get("max_log_alpha", np.inf)
+        row["test_error"] = 100 * (1 - row["test_acc"])
+        if row["panel"] == "beta":
+            row["test_error_sampled"] = 100 * (1 - row["test_acc_sampled"])
+            row["test_error_average"] = 100 * (1 - row["test_acc_average"])
+            row["nats"] = row["information"] / row["n"]
+            cap = row.get("max_log_alpha")
+            row["cap"] = NO_CAP if cap is None else cap
     return rows
 
 
-def by(rows, key, value):
-    """{key: array of the seeds' values}."""
-    return {x: np.array([row[value] for row in group])
-            for (x,), group in group_by(rows, key).items()}
+def cap_name(cap):
+    return "no cap" if cap == NO_CAP else f"log α ≤ −{-cap:g}"
 
 
-def claims(ok, scale):
-    """The claims table, of each panel over its complete seeds."""
-    grid, (*beta, width), table = GRID[scale], make_cells(scale), []
-    for decay in grid["decays"]:
-        cells = [{name: cell[name] for name in ("width", "weight_decay")} for cell in width
-                 if cell["weight_decay"] == decay]
-        if rows := complete_seeds(ok, cells):
-            table += width_claims(rows, f"decay {decay:g}")
-    free, capped = (complete_seeds(ok, [{"max_log_alpha": None} | cell for cell in cells])
-                    for cells in beta)
-    return table + (beta_claims(free, capped, scale) if free else [])
+def best_beta(rows, key="test_error"):
+    """The beta of the least mean error."""
+    return min(summarise(rows, "beta", key), key=itemgetter(1))[0]
 
 
-def width_claims(rows, name):
-    error, table = by(rows, "width", "test_error"), []
-    narrow = {width: v for width, v in error.items() if width <= 1}
-    *others, last = [v.mean() for v in error.values()]
-    decided = last > min(others) or others[-1] - last < 0.5
+def rise_from_best(rows, key):
+    """{end of the range of beta: its error minus that at the best beta, per seed}.
 
-    def text(error):
-        return "; ".join(f"×{width:g} {fmt(v, '{:.1f}%')}" for width, v in error.items())
-    if max(error) > 1:  # wider than the paper's best
-        table.append(claim(
-            f"{name}: a plateau, the widest net within 1.5 points of the best (undecided if best "
-            "by 0.5)", "best 8.45%, widest 9.45%", text(error),
-            last - min(others) <= 1.5 if decided else None))
-    return table + [claim(
-        f"{name}: test error falls by over 0.5 points with every doubling to ×{max(narrow):g}",
-        "12.75, 10.13, 8.45% from ×¼ to ×1", text(narrow),
-        all(np.diff([v.mean() for v in narrow.values()]) < -0.5))]
+    The best beta of a seed is chosen on the other seeds, or its error would be least by luck too.
+    """
+    rises = {}
+    for (seed,), own in group_by(rows, "seed").items():
+        others = [row for row in rows if row["seed"] != seed] or own  # own: there is one seed
+        error = {row["beta"]: row[key] for row in own}
+        best = error[best_beta(others, key)]
+        for beta in (min(error), max(error)):
+            rises.setdefault(f"β = {beta:g}:", []).append(error[beta] - best)
+    return rises
 
 
-def beta_claims(free, capped, scale):
-    seeds, table = list(group_by(free, "seed").values()), []
-    low, *_, high = betas = GRID[scale]["betas"]
-    for kind, name in list(KINDS.items())[:1 if scale == "demo" else 3]:
-        error = np.array([[row[f"test_error{kind}"] for row in own] for own in seeds])
-        others = error.sum(0) - error if len(error) > 1 else error
-        best = others.argmin(1)  # chosen on the others
-        least = error[range(len(best)), best]
-        rise = error[:, [0, -1]] - least[:, None]
-        spread = rise.std(0, ddof=1) if len(rise) > 1 else 0
-        table.append(claim(
-            f"{name}: a U, both ends exceed the best by 0.5 points and their spread",
-            "9.16, 8.06, 9.64% at β = 0.001, 0.03, 100", "; ".join(
-                f"{fmt(v, '{:.1f}%')} at β = {b}" for v, b in (
-                    (error[:, 0], low), (least, ", ".join(f"{betas[i]:g}" for i in best)),
-                    (error[:, -1], high)))
-            + f"; best at {fmt([own[i]['nats'] for own, i in zip(seeds, best)])} nats per sample",
-            (rise.mean(0) > np.maximum(0.5, spread)).all()))
-    if scale == "demo":
-        return table
-    for (cap,), rows in group_by(capped, "cap").items():
-        error = by(rows, "beta", "test_error")
-        best = min(v.mean() for v in error.values())
-        table.append(claim(f"mean weights, log α ≤ {cap:g}: error at β = {high:g} is at most 3 "
-                           f"points above the best of β = {', '.join(f'{b:g}' for b in error)}",
-                           "9.64%, best 8.06%",
-                           f"{fmt(error[high], '{:.1f}%')}, best {best:.1f}%",
-                           error[high].mean() - best <= 3))
-    gaps = [max(row["objective"] - other["cross_entropy"] - row["beta"] * other["nats"]
-                for row in own for other in own) for own in seeds]
-    return table + [claim("converged: no β is beaten by another's final state by over 0.03 nats",
-                          "–", fmt(gaps, "{:.3f}"), max(gaps) <= 0.03)]
+def largest_spread(values):
+    """The largest sample standard deviation over seeds; 0 for one seed."""
+    return max(np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values.values())
 
 
-def means(rows, keys, columns):
-    """A table. columns: {title: (field, form)}."""
-    return [{**{key: f"{value:.4g}" for key, value in zip(keys, values)}, "seeds": len(group)}
-            | {title: fmt([row[field] for row in group], form)
-               for title, (field, form) in columns.items()}
-            for values, group in group_by(rows, *keys).items()]
+def gap_to_converged(rows):
+    """By how much, at most, another beta's final state beats the objective of one, of one seed."""
+    return max(row["objective"] - other["cross_entropy"] - row["beta"] * other["nats"]
+               for row in rows for other in rows)
 
 
-def plot(ok, args):
-    n, seeds = SETTINGS[args.scale]["n"], len({row["seed"] for row in ok})
-    width, beta = (ok_rows(ok, panel=panel) for panel in ("width", "beta"))
-    free = ok_rows(beta, cap=np.inf)
-    fig, axes = new_figure(2, 3, f"Fig. 3: All-CNN, {n:,} images, {args.dataset}, scale "
-                           f"{args.scale}, up to {seeds} seeds")
-    width_ax, width_paper, nats_ax, beta_ax, beta_paper, nll_ax = axes.flat
-    for decay in GRID[args.scale]["decays"]:
-        rows, colour = ok_rows(width, weight_decay=decay), "C0" if decay else "C2"
+def gain_by_doubling(rows):
+    """{width: by how much test error falls to it from half of it, per seed}, up to the paper's."""
+    errors, gains = {}, {}
+    for row in rows:
+        errors[row["seed"], row["width"]] = row["test_error"]
+    for (seed, width), error in sorted(errors.items()):
+        if width <= 1 and (seed, width / 2) in errors:
+            gains.setdefault(f"to ×{width:g}:", []).append(errors[seed, width / 2] - error)
+    return gains
+
+
+def above_best(rows):
+    """Test error of the widest net minus the least, of one seed."""
+    errors = [error for _, error, *_ in summarise(rows, "width", "test_error")]
+    return errors[-1] - min(errors)
+
+
+def width_panel(ax, rows):
+    ax.plot(*zip(*PAPER_WIDTH.items()), "s-", color="0.6", ms=4, label="paper, test")
+    for (decay,), own in group_by(rows, "weight_decay").items():
+        colour = "C0" if decay else "C2"
         for key, line in (("test_error", "o-"), ("train_error", "o:")):
-            plot_points(width_ax, summarise(rows, "params", key), line, color=colour,
+            plot_points(ax, summarise(own, "params", key), line, color=colour,
                         label=f"{key[:-6]}, weight decay {decay:g}")
-    for (kind, name), marker in zip(KINDS.items(), "os^"):
-        for ax, key in ((beta_ax, "test_error"), (nll_ax, "test_nll")):
-            plot_points(ax, summarise(free, "beta", key + kind), marker + "-", label=name)
-        nats_ax.plot([max(row["nats"], 1e-3) for row in free],
-                     [row["test_error" + kind] for row in free], marker, ms=4, label=name)
-    collapsed = [row["test_error"] for row in free if row["nats"] < 1e-3]
-    nats_ax.plot([1e-3] * len(collapsed), collapsed, "ko", ms=14, mfc="none", label="collapsed")
-    for cap, marker in ((0.0, "o--"), (-2.0, "D:")):
-        plot_points(beta_ax, summarise(ok_rows(beta, cap=cap), "beta", "test_error"), marker,
-                    color="C0", mfc="w", label=f"mean weights, log α ≤ {cap:g}")
-    for ax, paper in ((width_paper, PAPER_WIDTH), (beta_paper, PAPER_BETA)):
-        ax.plot(*zip(*paper.items()), "s-", color="0.6", ms=4, label="paper, 50,000 images")
-    for ax, title, label in zip(axes.flat, (
-            "by width", "the paper", "by information", "by β", "the paper",
-            "test NLL"), ("weights", "weights", "nats per sample (at least 0.001)", *"βββ")):
-        ax.set(xscale="log", xlabel=label, ylabel="error, %", title=title)
-        ax.legend()
-    nll_ax.set(ylabel="nats", ylim=(0.8, 4))
-    beta_ax.set(yscale="log")
-    beta_ax.yaxis.set_minor_formatter("{x:g}")
-    save_figure(fig, args)
+    ax.set(xscale="log", xlabel="weights", ylabel="error, %", title="against the number of weights")
+    ax.legend()
+
+
+def beta_panel(ax, rows):
+    """Test error of the mean network against beta; of sampled ones under the main cap."""
+    ax.plot(PAPER_BETAS, PAPER_ERROR, "s-", color="0.6", ms=4, label="paper")
+    for (cap,), own in group_by(rows, "cap").items():
+        plot_points(ax, summarise(own, "beta", "test_error"), STYLES[cap], label=cap_name(cap))
+    main = ok_rows(rows, cap=MAIN_CAP)
+    for kind, style in (("_sampled", "C0s-"), ("_average", "C0^-")):
+        plot_points(ax, summarise(main, "beta", "test_error" + kind), style, mfc="w", alpha=0.6,
+                    label=f"{cap_name(MAIN_CAP)}, {KINDS[kind]}")
+    ax.set(xscale="log", xlabel="β", ylabel="test error, %", ylim=(0, 100), title="against β")
+    ax.legend()
+
+
+def ratio_panel(ax, rows):
+    """The mean network's error over the least of its curve."""
+    ax.plot(PAPER_BETAS, np.divide(PAPER_ERROR, min(PAPER_ERROR)), "s-", color="0.6", ms=4,
+            label="paper")
+    for (cap,), own in group_by(rows, "cap").items():
+        least = least_error(own)
+        points = [(beta, error / least, spread / least, count)
+                  for beta, error, spread, count in summarise(own, "beta", "test_error")]
+        plot_points(ax, points, STYLES[cap], label=cap_name(cap))
+    ax.set(xscale="log", xlabel="β", title="test error over its least", ylim=(0.95, 1.6))
+    ax.legend()
+
+
+def information_panel(ax, rows):
+    """Under another cap as many nats are another noise: three curves, not one."""
+    for (cap,), own in group_by(rows, "cap").items():
+        groups = group_by(own, "beta").values()
+        nats = [max(FEWEST, np.mean([row["nats"] for row in group])) for group in groups]
+        error = [np.mean([row["test_error"] for row in group]) for group in groups]
+        ax.plot(nats, error, STYLES[cap], ms=4, lw=1.2, label=cap_name(cap))
+    ax.set(xscale="log", xlabel=f"I(w;D)/N, nats (at least {FEWEST:g})", ylabel="test error, %",
+           title="against information")
+    ax.legend()
+
+
+def plot(width, beta, args):
+    panels = [partial(width_panel, rows=width)] if width else []
+    if beta:
+        panels += [partial(panel, rows=beta)
+                   for panel in (beta_panel, ratio_panel, information_panel)]
+    title = f"Fig. 3: All-CNN, {SETTINGS[args.scale]['n']:,} images, {args.dataset}, scale "
+    save_panels(panels, title + args.scale, args, columns=2)
+
+
+def width_claims(rows, decay):
+    return [
+        check(f"weight decay {decay:g}: test error falls by over 0.5 points with every doubling, "
+              "to ×1", "2.6, 1.7 points", gain_by_doubling(rows), (0.5, math.inf), "{:.1f}"),
+        check(f"weight decay {decay:g}: wider nets do not overfit: the widest is at most 1.5 "
+              "points above the best", "1.0", {"": per_seed(above_best, rows)}, (0, 1.5), "{:.1f}"),
+    ]
+
+
+def beta_claims(rows, cap):
+    """Of one cap on log alpha: all predictions of the main one, the mean network's of another.
+
+    Of a demo's few betas the mean network's under the main cap alone.
+    """
+    name, table = cap_name(cap), []
+    few = len(group_by(rows, "beta")) < 4
+    in_full = cap == MAIN_CAP and not few
+    if few and cap != MAIN_CAP:
+        return []
+    for kind in KINDS if in_full else [""]:
+        rises = rise_from_best(rows, "test_error" + kind)
+        table.append(check(
+            f"{name}, {KINDS[kind]}: a U, error at both ends is above the best by 0.5 points and "
+            "the spread", "1.1, 1.6 points", rises,
+            (max(0.5, largest_spread(rises)), math.inf), "{:.1f}"))
+    _, last = rise_from_best(rows, "test_error").values()
+    table.append(check(f"{name}: its right arm is mild, within 12 points of the best",
+                       "1.6 points", {"": last}, (-math.inf, 12), "{:.1f}"))
+    if in_full:
+        table += [
+            check(f"{name}: error is least within a decade of β = 0.03", "0.03",
+                  {"": per_seed(best_beta, rows)}, (0.003, 0.3), "{:g}"),
+            check(f"{name}, converged: no β is beaten by another's final state by over 0.03 nats",
+                  "–", {"": per_seed(gap_to_converged, rows)}, (-math.inf, 0.03), "{:.3f}"),
+        ]
+    return table
+
+
+def claims(width, beta, grid):
+    """The paper's claims, of complete seeds; their thresholds were set before the grid was trained.
+    """
+    table, least = [], {}
+    for decay in grid["decays"]:
+        cells = [{"weight_decay": decay, "width": w} for w in grid["widths"]]
+        rows = complete_seeds(width, cells)
+        table += width_claims(rows, decay) if rows else []
+    for cap in grid["caps"]:
+        cells = [{"max_log_alpha": cap, "beta": b} for b in grid["betas"]]
+        rows = complete_seeds(beta, cells)
+        table += beta_claims(rows, rows[0]["cap"]) if rows else []
+        least[cap] = least_error(rows) if rows else math.nan
+    gain = least[None] - least[MAIN_CAP]
+    if math.isfinite(gain):
+        table.append(check("nats do not tell which cap is better: the least error is lower under "
+                           f"{cap_name(MAIN_CAP)} than without", "–", {"": gain}, (0, math.inf),
+                           "{:.1f}"))
+    return table
+
+
+def least_error(rows):
+    """Of the mean network over beta."""
+    return min(error for _, error, *_ in summarise(rows, "beta", "test_error"))
+
+
+def cell_table(rows, keys, columns):
+    """Means over seeds, for each kind of cell. columns: {title: (field, format)}."""
+    table = []
+    for cell, own in group_by(rows, *keys).items():
+        table.append(dict(zip(keys, cell)) | {"seeds": len(own)})
+        for title, (field, form) in columns.items():
+            table[-1][title] = fmt([row[field] for row in own], form)
+    return table
+
+
+WIDTH_COLUMNS = {"train error, %": ("train_error", "{:.1f}"),
+                 "test error, %": ("test_error", "{:.1f}")}
+BETA_COLUMNS = WIDTH_COLUMNS | {
+    "one sampled": ("test_error_sampled", "{:.1f}"), "average": ("test_error_average", "{:.1f}"),
+    "test NLL": ("test_nll", "{:.2f}"), "NLL, one sampled": ("test_nll_sampled", "{:.2f}"),
+    "NLL, average": ("test_nll_average", "{:.2f}"), "I/N": ("nats", "{:.3f}"),
+    "objective": ("objective", "{:.3f}")}
 
 
 def make_cells(scale):
-    """The cells: (beta, capped, width)."""
+    """The curve of the main cap first, what a cap changes next, then the widths."""
     grid = GRID[scale]
+    beta = [{"panel": "beta", "width": grid["beta_width"], "max_log_alpha": cap, "beta": b}
+            for cap in grid["caps"] for b in grid["betas"]]
     width = [{"panel": "width", "width": w, "weight_decay": decay}
              for w in grid["widths"] for decay in grid["decays"]]
-    net = {"panel": "beta", "width": grid["beta_width"]}
-    free = [net | {"beta": beta} for beta in grid["betas"]]
-    return free, [net | {"beta": beta, "max_log_alpha": cap} for beta, cap in grid["capped"]], width
+    capped = [cell for cell in beta if cell["max_log_alpha"] is not None]
+    return capped + width + beta[len(capped):]
 
 
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
-    s, cells = SETTINGS[args.scale], sum(make_cells(args.scale), [])
-    ok = add_derived(run_grid(cells, train_cell, args, s, load_data))
-    plot(ok, args)
-    error = {"train error, %": ("train_error", "{:.1f}")}
-    by_width = means(ok_rows(ok, panel="width"), ("weight_decay", "width"), error | {
-        "test error, %": ("test_error", "{:.1f}"), "loss, third quarter": ("loss_third", "{:.3f}"),
-        "last quarter": ("loss_last", "{:.3f}")})
-    by_beta = means(ok_rows(ok, panel="beta"), ("cap", "beta"), error | {
-        "nats per sample": ("nats", "{:.3f}")} | {
-        f"{title}, {name}": (key + kind, form) for kind, name in KINDS.items()
-        for title, key, form in (("error, %", "test_error", "{:.1f}"),
-                                 ("NLL", "test_nll", "{:.2f}"))})
-    save_tables(args, claims=claims(ok, args.scale), by_width=by_width, by_beta=by_beta)
+    rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data)
+    rows = add_derived(rows)
+    width, beta = ok_rows(rows, panel="width"), ok_rows(rows, panel="beta")
+    plot(width, beta, args)
+    save_tables(args, claims=claims(width, beta, GRID[args.scale]),
+                by_width=cell_table(width, ("weight_decay", "width"), WIDTH_COLUMNS),
+                by_beta=cell_table(beta, ("cap", "beta"), BETA_COLUMNS))
 
 
 if __name__ == "__main__":
