@@ -192,9 +192,10 @@ def claims_over_steps(n, found):
     lower = moves.pop("lower edge")
     table = [check(f"N = {n:,}: stationary, {fewer:,} to {most:,} steps per β move equal "
                    "objective and upper edge by under 0.05", "–", moves, (-0.05, 0.05))]
-    # without spread of seeds, or with an edge below all beta measured, nothing can be said
-    if len(lower) > 1 and found[most][:, 0].any():
-        rise = lower.mean() / lower.std(ddof=1)
+    # without a spread of seeds, or with an edge below all beta measured, nothing can be said
+    spread = lower.std(ddof=1) if len(lower) > 1 else 0
+    if spread and found[most][:, 0].any():
+        rise = lower.mean() / spread
         table.append(check(
             f"N = {n:,}: the lower edge rises from {fewer:,} to {most:,} steps per β (by over "
             "twice its spread; shown: rise over spread)", "–", {"": [rise]}, (2, math.inf)))

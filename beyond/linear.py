@@ -37,6 +37,7 @@ SHARED = dict(draws=20, signs=1000, inputs=20, chains=10, leaps=4, leap=0.25,
 SETTINGS = {
     "demo": dict(temperatures=16, steps=500, **SHARED),
     "cpu": dict(temperatures=64, steps=2000, **SHARED),
+    "paper": dict(temperatures=256, steps=10_000, **SHARED),
 }
 SCALES = (*np.exp2(np.arange(-5.0, -1)), *np.exp2(np.arange(-1, 4.1, 0.5)))  # S of the prior
 KERNELS = {"table": "look-up table", "signs": "features of ±1", "rbf": "RBF kernel"}
@@ -46,9 +47,12 @@ GRID = {
                  betas=(0.5, 1.0, 2.0)),
     "cpu": dict(proper={100: BETAS, 30: BETAS, 300: (0.3, 0.7, 0.9, 0.95, 0.98, 1.0, 1.05)},
                 n=100, features=(100, 300, 1000, 3000, 10_000), betas=(0.5, 1.0, 2.0, 4.0)),
+    "paper": dict(proper=dict.fromkeys((100, 30, 300), BETAS), n=100,
+                  features=(100, 300, 1000, 3000, 10_000), betas=(0.5, 1.0, 2.0, 4.0)),
 }
-SEEDS = {"demo": [0], "cpu": [0]}
-DATASETS = {"demo": ["synthetic"], "cpu": ["cifar10", "synthetic"]}
+SEEDS = {"demo": [0], "cpu": [0], "paper": [0, 1, 2]}
+DATASETS = {"demo": ["synthetic"], "cpu": ["cifar10", "synthetic"],
+            "paper": ["cifar10", "synthetic"]}
 
 
 def load_data(args):
@@ -252,9 +256,9 @@ def exact_minimum(posterior, labels, beta, s, generator):
     return -beta / n * (torch.logsumexp(log_weight, 1) - math.log(s["chains"]))
 
 
-def mean_and_error(row, key):
-    """Mean and standard error over the draws of labels of a cell."""
-    values = row["draws"][key]
+def mean_and_error(rows, key):
+    """Mean and standard error over the draws of labels of these rows."""
+    values = np.concatenate([row["draws"][key] for row in rows])
     return np.mean(values), np.std(values, ddof=1) / math.sqrt(len(values))
 
 
@@ -262,7 +266,7 @@ def largest_beta(rows):
     """The largest beta of a mean objective below log 2 by more than its standard error; or nan."""
     largest = math.nan
     for row in rows:  # by ascending beta
-        if sum(mean_and_error(row, "objective")) < math.log(2):
+        if sum(mean_and_error([row], "objective")) < math.log(2):
             largest = row["beta"]
     return largest
 
@@ -271,7 +275,7 @@ def largest_r(rows):
     """The largest mean r, less its error, over beta."""
     largest = -math.inf
     for row in rows:
-        mean, error = mean_and_error(row, "r")
+        mean, error = mean_and_error([row], "r")
         largest = max(largest, mean - error)
     return largest
 
@@ -330,16 +334,19 @@ def finish_panel(ax, rows, key, title, classes):
 
 def proper_panel(ax, rows, key):
     """A measure against beta, a curve for each kernel and N; error bars: standard errors."""
+    table_sizes = {row["n"] for row in rows if row["kernel"] == "table"}
     for (kernel, n), own in group_by(rows, "kernel", "n").items():
-        beta = [row["beta"] for row in own]
-        mean, error = np.array([mean_and_error(row, key) for row in own]).T
-        label = f"{KERNELS[kernel]}, N = {n}"
-        ax.errorbar(beta, mean, error, fmt=STYLES.get(n, "-"), color=COLOURS[kernel], ms=3, lw=1,
-                    label=label)
-        if key == "objective" and n == max(row["n"] for row in rows):
-            ax.plot(beta, [row["exact"] for row in own], "x", color=COLOURS[kernel],
-                    label=f"{KERNELS[kernel]}, all posteriors")
+        style = dict(fmt=STYLES.get(n, "-"), color=COLOURS[kernel], ms=3, lw=1)
+        draw_means(ax, own, key, label=f"{KERNELS[kernel]}, N = {n}", **style)
+        if key == "objective" and n in table_sizes:
+            draw_means(ax, own, "exact", label="the same, all posteriors", **style | {"fmt": "x"})
     finish_panel(ax, rows, key, "proper Gaussian prior, binary labels", 2)
+
+
+def draw_means(ax, rows, key, **style):
+    cells = group_by(rows, "beta")
+    mean, error = np.array([mean_and_error(own, key) for own in cells.values()]).T
+    ax.errorbar([beta for beta, in cells], mean, error, **style)
 
 
 def log_uniform_panel(ax, rows, key):
@@ -395,6 +402,7 @@ def cost(cell):
 
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
+    args.device = torch.device("cpu")  # small matrices in double precision
     rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data)
     rows = sorted(ok_rows(rows), key=itemgetter("beta"))
     for row in rows:
