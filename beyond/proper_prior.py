@@ -69,11 +69,8 @@ def place_entropy(survives):
 
 
 # The mixture's parameters: values in steps of 1/2 from the least one, log 64 nats paid for each.
-# The odds are those of the two narrower Gaussians to the widest. Early in training, at small beta,
-# few weights are narrow: with a full step of EM, and without least odds and least distances of
-# log s^2 from the widest, these Gaussians vanish or become the widest.
-LEVELS, LEAST_ODDS, LEAST_LOG_S2, EM_RATE = 64, -4, -24, 0.02
-APART = (-6.0, -3.0, 0.0)
+LEVELS, LEAST_ODDS, LEAST_LOG_S2 = 64, -16, -24
+APART = (-8.0, -4.0, 0.0)  # log s^2 at the start, less that of the layer's weights
 
 
 def on_grid(parameter, least):
@@ -96,7 +93,7 @@ def mixture_kl(square, log_sigma2, log_odds, log_s2):
 class Mixture:
     """A function of a model: nats in its weights, from a mixture that is learned for each layer.
 
-    Two odds and three variances per layer are paid. Every call ends with a part of a step of EM.
+    Two odds and three variances per layer are paid. Every call ends with a step of EM.
     """
 
     def __init__(self):
@@ -119,13 +116,12 @@ class Mixture:
         odds_used, s2_used = on_grid(log_odds, LEAST_ODDS), on_grid(log_s2, LEAST_LOG_S2)
         kl, shares = mixture_kl(square, log_sigma2, odds_used, s2_used)
 
-        # steps of EM from the values on the grid are added up off the grid, as each is small
+        # EM's step from the values on the grid is added to those off it, so that small steps add up
         weights = shares.sum(1) + 1e-6
         best_odds = (weights / weights[2]).log()
         best_s2 = ((shares @ square.detach() + 1e-12) / weights).log()
-        log_odds = log_odds + EM_RATE * (best_odds - odds_used)
-        log_s2 = log_s2 + EM_RATE * (best_s2 - s2_used)
-        log_s2 = torch.minimum(log_s2, log_s2[2] + log_s2.new_tensor(APART))
+        log_odds = log_odds + best_odds - odds_used
+        log_s2 = log_s2 + best_s2 - s2_used
         self.parameters[name] = (log_odds.clamp(LEAST_ODDS, LEAST_ODDS + LEVELS / 2),
                                  log_s2.clamp(LEAST_LOG_S2, LEAST_LOG_S2 + LEVELS / 2))
         return kl.sum()

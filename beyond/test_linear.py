@@ -228,7 +228,7 @@ def test_mixture_pays_for_five_parameters_per_layer():
 
 def test_mixture_uses_parameters_on_their_grid():
     parameters = torch.tensor([-99.0, -1.26, 0.2, 99.0])
-    assert proper_prior.on_grid(parameters, -4).tolist() == [-4.0, -1.5, 0.0, 27.5]
+    assert proper_prior.on_grid(parameters, -16).tolist() == [-16.0, -1.5, 0.0, 15.5]
 
 
 @pytest.mark.parametrize("survivors", [0, 1, 30, 500])
