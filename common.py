@@ -1622,20 +1622,31 @@ def check(sentence, paper, values, threshold, form="{:.2f}"):
 def save_tables(args, **tables):
     """Print tables, {title: list of dicts}, and write them to <out>/<figure>-<scale>.md.
 
-    And between <!-- FIGURE-SCALE --> and <!-- end --> in <out>/README.md, if it has them.
+    <out>/README.md gets, between <!-- FIGURE-SCALE --> and <!-- end -->, the first six claims.
     """
-    text, stem = "", f"{args.figure}-{args.scale}"
+    stem = f"{args.figure}-{args.scale}"
+    tables = {title: [row for row in table if row] for title, table in tables.items()}
+    text = ""
     for title, table in tables.items():
-        table = [row for row in table if row]  # no check without values
         if table:
-            lines = [table[0], ["---"] * len(table[0]), *(row.values() for row in table)]
-            cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
-            body = "".join(f"| {' | '.join(line)} |\n" for line in cells)
-            text += f"{title.replace('_', ' ')}:\n\n{body}\n"
+            text += f"{title.replace('_', ' ')}:\n\n{_markdown(table)}\n"
     print("\n" + text, end="")
     (args.out / f"{stem}.md").write_text(text, encoding="utf-8")
-    page = args.out / "README.md"
-    if page.exists():
+    page, claims = args.out / "README.md", tables.get("claims")
+    if page.exists() and claims:
+        verdicts = [row["holds"] for row in claims]
+        summary = (f"Claims: {verdicts.count('yes')} hold, {verdicts.count('NO')} fail, "
+                   f"{verdicts.count('undecided')} undecided ([all, and every cell]({stem}.md)).\n")
         block = re.compile(f"(<!-- {stem} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+        new = f"\n{summary}\n{_markdown(claims[:6])}\n"
         old = page.read_text(encoding="utf-8")
-        page.write_text(block.sub(lambda match: f"{match[1]}\n{text}", old), encoding="utf-8")
+        page.write_text(block.sub(lambda match: match[1] + new, old), encoding="utf-8")
+
+
+def _markdown(table):
+    lines = [table[0], ["---"] * len(table[0]), *(row.values() for row in table)]
+    text = ""
+    for line in lines:
+        cells = [str(cell).replace("|", "\\|") for cell in line]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
