@@ -1,12 +1,34 @@
-"""What follows from rows of Figs. 1 and 2, by small rows. pytest beyond."""
+"""What follows from rows, by small rows; the rows that are published. pytest beyond."""
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import common
 import fig1_phase_transition as fig1
 import fig2_corrupted_labels as fig2
 from common import corrupt_labels
+
+HERE = Path(common.__file__).resolve().parent
+
+
+def test_rows_are_summarised_over_seeds():
+    rows = [{"status": "ok", "seed": s, "x": x, "y": float(x + s)} for s in (0, 1) for x in (1, 2)]
+    rows += [{"status": "diverged", "seed": 2, "x": 1}]
+    assert common.summarise(rows, "x", "y", seed=0) == [(1, 1.0, 0.0, 1), (2, 2.0, 0.0, 1)]
+    assert common.summarise(rows, "x", "y")[0] == (1, 1.5, pytest.approx(0.5**0.5), 2)
+    assert common.per_seed(len, rows).tolist() == [2, 2]
+    assert [len(common.ok_rows(rows, **where)) for where in ({"x": 1}, {"z": None})] == [2, 4]
+    assert common.fmt([1.0, 3.0]) == "2.00 ± 1.41"
+
+
+@pytest.mark.parametrize("level, x", [(0.3, 10**1.5), (0.9, 1), (0.5, 10), (0.95, math.nan),
+                                      (0.1, math.nan)])
+def test_crossing_is_linear_in_log_x(level, x):
+    points = [(1, 0.9), (10, 0.5), (100, 0.1)]
+    assert common.crossing(points, level) == pytest.approx(x, nan_ok=True)
 
 
 def fig1_row(beta, acc, nats=1.0, n=100, seed=0, test_acc=0.1):
@@ -113,3 +135,9 @@ def test_fig1_claims_hold_on_ideal_rows_and_fail_on_chance():
 
 def test_fig1_claims_without_rows_are_not_made():
     assert [row for row in fig1.claims([], []) if row] == []
+
+
+def test_no_published_row_is_from_a_dirty_tree():
+    for path in (HERE / "results").rglob("*.jsonl"):
+        for line in path.open():
+            assert not json.loads(line)["git"].endswith("-dirty"), path
