@@ -1,4 +1,4 @@
-"""Estimators of information where the answer is known, and input that they refuse. pytest beyond."""
+"""Estimators where the answer is known, and input that they refuse. pytest beyond."""
 import math
 
 import pytest

@@ -245,7 +245,7 @@ def test_an_integer_and_its_float_are_one_cell(grid):
 
 
 def test_rows_are_found_and_grouped_by_tuples(grid):
-    rows = [{"status": "ok", "seed": 0, "widths": [1, 2]}, {"status": "ok", "seed": 0, "widths": [3]}]
+    rows = [{"status": "ok", "seed": 0, "widths": widths} for widths in ([1, 2], [3])]
     assert common.ok_rows(rows, widths=(1, 2)) == rows[:1]
     assert list(common.group_by(rows, "widths")) == [((1, 2),), ((3,),)]
     assert common.complete_seeds(rows, [{"widths": (1, 2)}, {"widths": (3,)}]) == rows
