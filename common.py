@@ -1457,7 +1457,8 @@ def training_code(train_cell, prepare=None):
                 module = vars(sys.modules[thing.__module__]).get(node.value.id)
                 found = getattr(module, node.attr, None) if inspect.ismodule(module) else None
             found = list(found.values()) if isinstance(found, dict) else [found]
-            todo += [f for f in found if inspect.isfunction(inspect.unwrap(f)) or inspect.isclass(f)]
+            todo += [f for f in found
+                     if inspect.isfunction(inspect.unwrap(f)) or inspect.isclass(f)]
     joined = "".join(sorted(texts.values()))
     return hashlib.sha256(joined.encode()).hexdigest()[:12]
 

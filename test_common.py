@@ -677,6 +677,9 @@ def test_proposition_4_3_holds_as_in_its_proof_not_as_printed(k, beta):
     information = optimal_information(weight, hessian, beta)
     assert information <= flat_minimum_bound(weight, hessian.trace(), beta)
     assert information > printed_flat_minimum_bound(weight, hessian.trace(), beta)
+    ones, equal = torch.ones(k, dtype=torch.double), 3 * torch.eye(k, dtype=torch.double)
+    bound = flat_minimum_bound(ones, equal.trace(), beta)  # tight
+    assert optimal_information(ones, equal, beta).item() == pytest.approx(bound.item())
 
 
 # === 3. Information estimators: what a layer tells of its input (Sec. 5)

@@ -295,12 +295,6 @@ def test_pac_bayes_bound_is_at_least_the_inverse_divergence():
         assert bound > 1 or loss > 0.5 or bound < loss + 2.3 * (tight - loss)
 
 
-def test_proposition_4_3_is_tight_for_equal_weights():
-    ones, hessian = torch.ones(7, dtype=torch.double), 3 * torch.eye(7, dtype=torch.double)
-    bound = flat_minimum_bound(ones, hessian.trace(), 0.5)
-    assert optimal_information(ones, hessian, 0.5).item() == pytest.approx(bound.item())
-
-
 class TwoLayers:
     """A net of two stochastic layers, a prior from which it moved away."""
 
