@@ -47,7 +47,7 @@ SIZES = [dict(status="ok", seed=seed, n=n, rise=rise)
 QUANTITIES = {
     "fig1: beta at an accuracy": (lambda: fig1.at_accuracy(FALLING, 0.3), 10**0.5),
     "fig1: beta at an accuracy on a step": (lambda: fig1.at_accuracy(FALLING, 0.5), 1.0),
-    "fig1: beta at an accuracy not reached": (lambda: fig1.at_accuracy(FALLING, 0.05), math.nan),
+    "fig1: beta at an accuracy not reached": (lambda: fig1.at_accuracy(FALLING, 0.05), math.inf),
     "fig1: information at an accuracy": (
         lambda: fig1.at_accuracy(FALLING, 0.7, "information"), 10**1.5),
     "fig1: fall_factor": (lambda: fig1.fall_factor(FALLING), 10**1.5),
@@ -128,7 +128,8 @@ def test_fig1_claims_hold_on_ideal_rows_and_fail_on_chance():
         return {row["claim"]: row["holds"] for row in fig1.claims(*split) if row}
 
     ideal, none = verdicts(rows), verdicts(chance)
-    assert set(list(ideal.values())[:7]) == {"yes"}  # of random labels
+    for claim, holds in ideal.items():
+        assert holds == "yes" or not claim.startswith("random labels"), claim
     for part, holds in (("memorised", "NO"), ("not learned", "yes"), ("through 55%", "NO")):
         assert [v for claim, v in none.items() if part in claim and "random" in claim] == [holds]
 

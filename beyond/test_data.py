@@ -136,7 +136,7 @@ def test_data_in_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     assert load_mnist(tmp_path)[2].shape == (2, 1, 28, 28)
     assert not list(tmp_path.glob("*.npz"))
     found["y_test"] += 10
-    with pytest.raises(DataError, match="y_test should be 0 to 9"):
+    with pytest.raises(DataError, match="y_test should be"):
         load_mnist(tmp_path)
 
 

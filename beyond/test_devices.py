@@ -47,8 +47,11 @@ class Pretence(torch.overrides.TorchFunctionMode):
                 or isinstance(x, torch.Tensor) and x.dim()):
             raise RuntimeError(f"{name}: some on the GPU, some not")
         args, kwargs = tree_map(lambda x: "cpu" if is_gpu(x) else x, (args, kwargs))
+        result = function(*args, **kwargs)
+        if isinstance(result, torch.Size):
+            return result
         return tree_map(lambda x: x.as_subclass(Far if far else torch.Tensor) if isinstance(
-            x, torch.Tensor) and isinstance(x, Far) != far else x, function(*args, **kwargs))
+            x, torch.Tensor) and isinstance(x, Far) != far else x, result)
 
 
 def graphed(both, sample):

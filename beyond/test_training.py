@@ -256,10 +256,11 @@ def test_fig4_masks_noise_and_clutter(monkeypatch, tmp_path):
     fig4.train_cell({"beta": 0.1, "seed": 0}, args.device, args, lambda *_: None)
     hook.remove()
     (z, masks, held_out), images = pairs[0], torch.cat(drawn)
-    images, white = images[-len(z):], images.max()
+    white = images.max()
+    windows = images.unfold(0, len(z), 1).movedim(-1, 1)  # z is of one of them
     assert len(z) == len(masks) > s["test"] == held_out
     assert masks.dtype == torch.bool
-    assert (images[masks] == white).all()
+    assert any((window[masks] == white).all() for window in windows)
     assert 80 < masks.sum() / len(masks) < 161
     assert local
     assert all(local)  # every example and position has noise of its own
@@ -295,11 +296,11 @@ def test_fig5_test_faces_are_not_trained_on(monkeypatch, tmp_path):
     hook = nn.modules.module.register_module_forward_pre_hook(look)
     fig5.train_cell({"beta": 0.1, "seed": 0}, args.device, args, lambda *_: None)
     hook.remove()
-    evaluator, classifier, *others = trained.values()
-    assert min(len(evaluator), len(classifier)) > 9
-    assert evaluator <= parts["evaluation"]
-    assert classifier <= parts["classifier"]
-    assert not parts["test"] & set.union(*others)
+    assert len(trained) > 2
+    for seen in trained.values():  # every net by faces of one part
+        assert len(seen) > 9
+        assert any(seen <= part for part in parts.values())
+        assert not seen & parts["test"]
     assert parts["test"] <= measured
 
 
@@ -336,116 +337,3 @@ def test_training_code_is_that_of_nets_and_training(monkeypatch, tmp_path, old, 
     assert old in FIG1_TEXT
     before, after = code_of(tmp_path, FIG1_TEXT), code_of(tmp_path, FIG1_TEXT.replace(old, new))
     assert (before != after) == changes
-
-
-# === Estimators that are trained, and others, where the answer is known
-
-class PairCritic(nn.Module):
-    """Scores all pairs of rows of z and n: a bilinear form and inner products of two embeddings."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.z, self.n = (nn.Sequential(nn.Linear(dim, 32), nn.ReLU(), nn.Linear(32, 16))
-                          for _ in range(2))
-        self.product = nn.Linear(dim, dim)
-        nn.init.zeros_(self.product.weight)
-
-    def forward(self, z, n):
-        return self.product(z) @ n.T + self.z(z) @ self.n(n).T
-
-
-def gaussian_pairs(information, dim, count):
-    """(z, n), each (count, dim), of known I(z;n): dim pairs of Gaussians of one correlation."""
-    square = -math.expm1(-2 * information / dim)  # I = -dim/2 log(1 - correlation^2)
-    z = torch.randn(count, dim)
-    return z, square**0.5 * z + (1 - square) ** 0.5 * torch.randn(count, dim)
-
-
-@pytest.mark.parametrize("information, dim, within", [(0, 20, 0.05), (0.5, 1, 0.1),
-                                                      (5, 20, 0.75)])
-def test_density_ratio_of_correlated_gaussians(information, dim, within):
-    z, n = gaussian_pairs(information, dim, 60_000)
-    ours = density_ratio_information(PairCritic(dim), z, n, lr=5e-3, steps=800, patience=200)
-    assert ours["plug_in"] == pytest.approx(information, abs=within)
-    for bound in ("donsker_varadhan", "info_nce"):
-        assert information - 2 * within < ours[bound] < information + within / 2
-
-
-def test_density_ratio_measures_what_it_was_given():
-    z, n = gaussian_pairs(2, 5, 3000)
-    z.requires_grad_()
-    critic, parts = PairCritic(5), dict(validation=500, held_out=500)
-
-    def estimate(n):
-        torch.manual_seed(0)
-        net = copy.deepcopy(critic)
-        return density_ratio_information(net, z, n, **parts, steps=60, batch=64)
-
-    ours = estimate(n)
-    assert z.grad is None
-    assert estimate(n) == ours
-    # what was learned does not hold of the held-out pairs
-    shuffled = torch.cat([n[:-500], n[-500:].roll(1, 0)])
-    assert estimate(shuffled)["info_nce"] < 0 < ours["info_nce"]
-    for arguments in ((z[:-1], n), (z[:900], n[:900])):
-        with pytest.raises(ValueError, match="pairs"):
-            density_ratio_information(critic, *arguments)
-    with pytest.raises(ValueError, match="every pair"):
-        density_ratio_information(nn.Bilinear(5, 5, 1), z, n, **parts)
-    with pytest.raises(FloatingPointError):
-        density_ratio_information(critic, z * math.nan, n, **parts, steps=1)
-
-
-def test_density_ratio_keeps_the_best_state_and_stops():
-    class Spoiled(nn.Module):  # good until its 100th training step
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
-            self.register_buffer("seen", torch.zeros(()))
-
-        def forward(self, z, n):
-            self.seen += self.training
-            return (self.scale if self.seen <= 100 else -self.scale) * (z @ n.T)
-
-    z, n = gaussian_pairs(2, 5, 1000)
-    net = Spoiled()
-    ours = density_ratio_information(net, z, n, validation=300, held_out=300, patience=200)
-    assert net.seen in (50, 100)
-    assert ours["info_nce"] > 0.5
-
-
-def test_label_information():
-    labels, two = torch.arange(10).repeat(20), torch.tensor([0, 0, 0, 1])
-    for y, nats in ((labels, math.log(10)), (two, 0.5623)):  # H(y) is theirs, not log 2
-        assert label_information(F.one_hot(y) * 50.0, y).item() == pytest.approx(nats, abs=1e-4)
-    assert label_information(torch.zeros(200, 10), labels).item() == pytest.approx(0, abs=1e-6)
-    # a noisy channel: right with probability p, else uniform over the rest
-    p, n = 0.7, 200_000
-    x = torch.randint(10, (n,))
-    y = torch.where(torch.rand(n) < p, x, (x + torch.randint(1, 10, (n,))) % 10)
-    channel = torch.full((10, 10), (1 - p) / 9).fill_diagonal_(p)
-    exact = math.log(10) + p * math.log(p) + (1 - p) * math.log((1 - p) / 9)
-    assert label_information(channel.log()[x], y).item() == pytest.approx(exact, abs=0.01)
-
-
-def test_total_correlation_of_a_gaussian():
-    a = torch.randn(4, 4, dtype=torch.double)
-    covariance = a @ a.T + torch.eye(4)
-    exact = 0.5 * (covariance.diagonal().log().sum() - torch.logdet(covariance))
-    normal = torch.distributions.MultivariateNormal(torch.zeros(4).double(), covariance)
-    z = F.pad(normal.sample((100_000,)), (0, 1), value=3.0)
-    z = z.view(-1, 5, 1) * 7 + 2  # scale, shift, constants do not matter
-    assert total_correlation(z).item() == pytest.approx(exact.item(), abs=0.01)
-    assert total_correlation(torch.randn(100_000, 3)).item() == pytest.approx(0, abs=1e-3)
-    with pytest.raises(ValueError, match="samples"):
-        total_correlation(torch.randn(4, 5))
-
-
-def test_ratio_estimates_of_scores_written_by_hand():
-    scores = torch.tensor([[2.0, 0.0, -1.0], [1.0, 3.0, 0.5], [-2.0, 0.0, 1.0]])
-    ours = _ratio_estimates(scores)
-    wrong = [0.0, -1.0, 1.0, 0.5, -2.0, 0.0]
-    assert ours["plug_in"] == pytest.approx(2.0)
-    assert ours["donsker_varadhan"] == pytest.approx(2 - math.log(sum(map(math.exp, wrong)) / 6))
-    info_nce = scores.log_softmax(1).diagonal().mean().item() + math.log(3)
-    assert ours["info_nce"] == pytest.approx(info_nce)
