@@ -1,4 +1,4 @@
-"""Fig. 1: random labels are memorised below a critical beta and not above it; real ones are learned.
+"""Fig. 1: random labels are memorised below a critical beta and not above; real ones are learned.
 
     python fig1_phase_transition.py --scale demo     # synthetic images, 2 minutes on 2 cores
     python fig1_phase_transition.py --scale cpu      # CIFAR-10, 1/4 width, 15 hours on 2 cores

@@ -18,6 +18,7 @@ The control: does the penalty remove clutter, or anything? White noise on z of t
 smallest beta, of the size that leaves as many label nats as a larger beta does, removes clutter
 too. If the penalty selects, it leaves less clutter than that noise.
 """
+import copy
 import math
 from functools import partial
 from pathlib import Path
@@ -74,9 +75,9 @@ def all_cnn(width=1.0, channels=1):
     return nn.Sequential(nn.Sequential(*layers), head)
 
 
-def classifier(width, device, local=False):
+def classifier(width, device):
     """The All-CNN with stochastic weights in all layers but the first and the last."""
-    model = to_stochastic(all_cnn(width), skip=("0.0", "1.0"), local=local)
+    model = to_stochastic(all_cnn(width), skip=("0.0", "1.0"))
     return model.to(device, memory_format=torch.channels_last)  # faster on a CPU
 
 
@@ -151,18 +152,20 @@ def train_cell(cell, device, args, progress):
     return row | {"i_zn_nce": ratio["info_nce"], "i_zn_dv": ratio["donsker_varadhan"]}
 
 
-def with_local_noise(model, s):
+def with_local_noise(model):
     """A copy of a classifier that draws noise anew at every position, as Cor. 5.3 has it."""
-    copy = classifier(s["width"], next(model.parameters()).device, local=True)
-    copy.load_state_dict(model.state_dict())
-    return copy
+    twin = copy.deepcopy(model)
+    for layer in twin.modules():
+        if isinstance(layer, StochasticConv2d):
+            layer.local = True
+    return twin
 
 
 @torch.no_grad()
 def sample_z(model, digits, s):
     """z ~ p(z|x), masks, positions, labels: training digits `passes` times, then test digits."""
     x, y, x_test, y_test, draw = digits
-    model, parts = with_local_noise(model, s), []
+    model, parts = with_local_noise(model), []
     with sample_weights(model):
         recalibrate_bn(model, draw(x[:2000])[0]).eval()
         for part in torch.cat([x] * s["passes"] + [x_test]).split(1000):
@@ -292,7 +295,7 @@ def measure_classifier(model, digits, s):
     images, images_test = draw(x[:2000])[0], draw(x_test)[0]
     net = recalibrate_bn(mean_network(model), images).eval()
     test_acc = accuracy(predict(net, images_test), y_test)
-    local = with_local_noise(model, s)
+    local = with_local_noise(model)
     with sample_weights(local):
         recalibrate_bn(local, images).eval()
         features = local[0]

