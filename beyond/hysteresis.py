@@ -120,7 +120,8 @@ def by_beta(rows):
     """One row per beta, with objective and r, in place of one per branch."""
     points = []
     for row in rows:
-        kind = "" if "train_acc" in row else "_batch"
+        # older rows say in these names how they were measured
+        kind = next(key for key in row if key.startswith("train_acc"))[len("train_acc"):]
         values = zip(row["betas"], row["train_acc" + kind], row["cross_entropy" + kind],
                      row["nats"])
         for beta, accuracy, cross_entropy, nats in values:

@@ -309,7 +309,7 @@ def hysteresis_verdicts(*edges, seeds=(0, 1), kind=""):
     return [row["holds"] for row in hysteresis.claims(rows, grid) if row]
 
 
-@pytest.mark.parametrize("kind", ["", "_batch"])
+@pytest.mark.parametrize("kind", ["", "_older"])
 def test_hysteresis_claims_can_hold(kind):
     edges = (0.02, 0.5, 0.6), (0.35, 0.54, 0.6)
     assert hysteresis_verdicts(*edges, kind=kind)[:3] == ["yes"] * 3
