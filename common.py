@@ -1436,7 +1436,8 @@ def training_code(train_cell, prepare=None):
 
     Of their text without comments, docstrings and white space.
     """
-    here, texts, todo = Path(globals().get("__file__", ".")).resolve().parent, {}, [train_cell]
+    here = Path(globals().get("__file__", ".")).resolve().parent
+    texts, todo = {}, [train_cell]
     while todo:
         thing = inspect.unwrap(todo.pop())
         try:
@@ -1445,22 +1446,25 @@ def training_code(train_cell, prepare=None):
             if not own or thing is prepare or (thing.__module__, thing.__qualname__) in texts:
                 continue
             text = textwrap.dedent(inspect.getsource(thing))  # slow: parses the whole file
-        except (OSError, TypeError):  # built in, or typed into a shell
+            tree = ast.parse(text)
+        except (OSError, TypeError, SyntaxError):  # built in, typed into a shell, a lambda
             continue
-        tree = ast.parse(text)
         texts[thing.__module__, thing.__qualname__] = _bare(text, tree)
         for node in ast.walk(tree):
-            found = None
-            if isinstance(node, ast.Name):
-                found = vars(sys.modules[thing.__module__]).get(node.id)
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                module = vars(sys.modules[thing.__module__]).get(node.value.id)
-                found = getattr(module, node.attr, None) if inspect.ismodule(module) else None
-            found = list(found.values()) if isinstance(found, dict) else [found]
-            todo += [f for f in found
-                     if inspect.isfunction(inspect.unwrap(f)) or inspect.isclass(f)]
-    joined = "".join(sorted(texts.values()))
-    return hashlib.sha256(joined.encode()).hexdigest()[:12]
+            todo += _named(node, vars(sys.modules[thing.__module__]))
+    return hashlib.sha256("".join(sorted(texts.values())).encode()).hexdigest()[:12]
+
+
+def _named(node, scope):
+    """The functions and classes that a node of a syntax tree names: f, module.f, a dict of them."""
+    found = []
+    if isinstance(node, ast.Name):
+        found = scope.get(node.id)
+        found = found.values() if isinstance(found, dict) else [found]
+    elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        module = scope.get(node.value.id)
+        found = [getattr(module, node.attr, None)] if inspect.ismodule(module) else []
+    return [f for f in found if inspect.isfunction(inspect.unwrap(f)) or inspect.isclass(f)]
 
 
 def _bare(text, tree):
