@@ -383,7 +383,7 @@ def digits_panel(ax, args):
     """Test digits under clutter: the paper's left panel."""
     digits = load_data(args)[2][:8]
     images, _ = add_clutter(digits, torch.Generator().manual_seed(0))
-    ax.imshow(rearrange(images, "(a b) 1 h w -> (a h) (b w)", a=2), cmap="gray")
+    ax.imshow(rearrange(images.numpy(), "(a b) 1 h w -> (a h) (b w)", a=2), cmap="gray")
     ax.set(title="digits under clutter")
     ax.axis("off")
 

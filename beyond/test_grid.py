@@ -206,8 +206,10 @@ def test_tables_are_put_into_the_page(grid):
     assert "| claim | paper | ours | holds |\n" in table
     assert "| c | p | rows 2 | yes |\n" in table
     assert table in printed
-    assert page.read_text() == (
-        f"before\n<!-- toy-demo -->\n\n{table}<!-- end -->\nafter <!-- end -->\n")
+    claims = table.split("\n\n")[1]
+    count = "Claims: 1 hold, 0 fail, 0 undecided ([all, and every cell](toy-demo.md))."
+    assert page.read_text() == (f"before\n<!-- toy-demo -->\n\n{count}\n\n{claims}\n\n"
+                                "<!-- end -->\nafter <!-- end -->\n")
 
 
 # === What a row can hold
