@@ -1,7 +1,7 @@
 """Fig. 1: random labels are memorised below a critical beta and not above; real ones are learned.
 
     python fig1_phase_transition.py --scale demo     # synthetic images, 2 minutes on 2 cores
-    python fig1_phase_transition.py --scale cpu      # CIFAR-10, 1/4 width, 10 to 22 hours on 2 cores
+    python fig1_phase_transition.py --scale cpu      # CIFAR-10, 1/4 width, 10 to 20 h on 2 cores
     python fig1_phase_transition.py --gpu 0          # CIFAR-10, the paper's width, N to 50,000
 
 A Small AlexNet is trained on N images with L = cross-entropy + beta/N * I(w;D), with random or
