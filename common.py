@@ -1612,15 +1612,17 @@ def check(sentence, paper, values, threshold, form="{:.2f}"):
     """A row of the claims table, or None without values.
 
     values: {name: a value per seed}. It holds if the mean of each is within threshold, (least,
-    largest); a mean that is nan fails.
+    largest), and fails if one is beyond; else, with a nan, it is undecided.
     """
     values = {name: np.atleast_1d(np.asarray(v, float)) for name, v in values.items()}
     values = {name: v for name, v in values.items() if len(v)}
     if not values:
         return None
     ours = "; ".join(f"{name} {fmt(v, form)}".strip() for name, v in values.items())
-    least, largest = threshold
-    return claim(sentence, paper, ours, all(least <= v.mean() <= largest for v in values.values()))
+    means = np.array([v.mean() for v in values.values()])
+    fails = ((means < threshold[0]) | (means > threshold[1])).any()
+    holds = None if np.isnan(means).any() and not fails else not fails
+    return claim(sentence, paper, ours, holds)
 
 
 @_user_errors()

@@ -322,8 +322,8 @@ def plot(random, real, args):
     if real:
         panels.append(partial(accuracy_panel, rows=real, key="test_acc",
                               title="test accuracy, real labels"))
-    title = f"Fig. 1: Small AlexNet, {args.dataset}, scale {args.scale}; dots on maps: cells"
-    save_panels(panels, title, args)
+    dots = "; dots on maps: cells" if is_grid(random) or is_grid(real) else ""
+    save_panels(panels, f"Fig. 1: Small AlexNet, {args.dataset}, scale {args.scale}{dots}", args)
 
 
 def claims(random, real):
