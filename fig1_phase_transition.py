@@ -301,9 +301,9 @@ def draw_information(ax, rows, information, style, label):
 
 
 def is_grid(rows):
-    """Two or more N, and at one two or more beta: cells not on a line, as a map needs."""
+    """Two or more beta at two or more N, as a map needs."""
     sizes = group_by(rows, "n").values()
-    return len(sizes) > 1 and any(len(group_by(own, "beta")) > 1 for own in sizes)
+    return sum(len(group_by(own, "beta")) > 1 for own in sizes) > 1
 
 
 def plot(random, real, args):
@@ -329,7 +329,7 @@ def plot(random, real, args):
 def claims(random, real):
     """The paper's claims, the six main ones first; thresholds were set before the grid was run."""
     edge = by_size(random, partial(at_accuracy, level=0.55))
-    edges = [values.mean() for values in edge.values()]
+    edges = [values.mean() for values in edge.values() if np.isfinite(values).all()]
     spread = [max(edges) / min(edges)] if len(edges) > 1 else []
     from_1000 = [row for row in real if row["n"] >= 1000]
     fit_40, fit_50 = (

@@ -263,8 +263,8 @@ def mean_and_error(rows, key):
 
 
 def largest_beta(rows):
-    """The largest beta of a mean objective below log 2 by more than its standard error; or nan."""
-    largest = math.nan
+    """The largest beta whose mean objective is a standard error below log 2; 0 if none."""
+    largest = 0.0
     for row in rows:  # by ascending beta
         if sum(mean_and_error([row], "objective")) < math.log(2):
             largest = row["beta"]

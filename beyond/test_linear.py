@@ -364,7 +364,7 @@ def log_normal_verdicts(transitions, excess):
 @pytest.mark.parametrize("transitions, excess, expected", [
     ((5, 0.5), (0.11, 0.09), ["yes", "yes", "yes"]),
     ((0.5, 5), (0.09, 0.11), ["NO", "NO", "NO"]),
-    ((0.01, 0.5), (0.11, 0.09), ["NO", "yes", "yes"])])  # no transition at cap 0
+    ((0.01, 0.5), (0.11, 0.09), ["undecided", "yes", "yes"])])  # no transition at cap 0
 def test_log_normal_claims(transitions, excess, expected):
     assert log_normal_verdicts(transitions, excess) == expected
 
