@@ -148,8 +148,8 @@ FITS = (0.3, 0.4, 0.5)  # train accuracies on real labels at which nets of diffe
 def at_accuracy(rows, level, key="beta"):
     """The value of key where train accuracy falls through level as beta grows.
 
-    Between two beta, the logarithm of the value is linear in accuracy. inf if accuracy does not
-    fall that far, nan if these rows do not tell.
+    Between two beta, the logarithm of the value is linear in accuracy. nan if it does not fall so
+    far in these rows.
     """
     accuracy = [mean for _, mean, *_ in summarise(rows, "beta", "train_acc")]
     value = [math.log(mean) for _, mean, *_ in summarise(rows, "beta", key)]
@@ -157,7 +157,7 @@ def at_accuracy(rows, level, key="beta"):
         if accuracy[i] >= level > accuracy[i + 1]:
             share = (accuracy[i] - level) / (accuracy[i] - accuracy[i + 1])
             return math.exp(value[i] + share * (value[i + 1] - value[i]))
-    return math.inf if len(value) > 1 and accuracy[-1] >= level else math.nan
+    return math.nan
 
 
 def fall_factor(rows):

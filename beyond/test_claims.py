@@ -47,7 +47,7 @@ SIZES = [dict(status="ok", seed=seed, n=n, rise=rise)
 QUANTITIES = {
     "fig1: beta at an accuracy": (lambda: fig1.at_accuracy(FALLING, 0.3), 10**0.5),
     "fig1: beta at an accuracy on a step": (lambda: fig1.at_accuracy(FALLING, 0.5), 1.0),
-    "fig1: beta at an accuracy not reached": (lambda: fig1.at_accuracy(FALLING, 0.05), math.inf),
+    "fig1: beta at an accuracy not reached": (lambda: fig1.at_accuracy(FALLING, 0.05), math.nan),
     "fig1: information at an accuracy": (
         lambda: fig1.at_accuracy(FALLING, 0.7, "information"), 10**1.5),
     "fig1: fall_factor": (lambda: fig1.fall_factor(FALLING), 10**1.5),
