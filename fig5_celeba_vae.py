@@ -26,7 +26,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from matplotlib.figure import Figure
 
 from common import (FACE_ELLIPSE, FACE_FACTORS, check, fmt, group_by, ib_loss, load_celeba,
                     lr_factor, minibatches, ok_rows, param_groups, parse_args, per_seed,
@@ -557,6 +556,7 @@ def plot(rows, control, args):
 
 def plot_faces(rows, args):
     """The paper's figure, <out>/<figure>-<scale>-faces.png, of the first seed's faces there are."""
+    from matplotlib.figure import Figure
     files = {row["beta"]: file_of(args, "faces", row["beta"], row["seed"])
              for row in rows if row["seed"] == rows[0]["seed"]}
     faces = {beta: torch.load(path) for beta, path in sorted(files.items()) if path.exists()}
