@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (accuracy, beta_at, check, complete_seeds, draw_subset, fmt, group_by,
+from common import (accuracy, beta_at, cell_table, check, complete_seeds, draw_subset, group_by,
                     load_images, lr_factor, mean_network, minibatches, normalise, ok_rows,
                     param_groups, parse_args, per_seed, plot_points, predict, recalibrate_bn,
                     run_grid, sampled_network, save_panels, save_tables, summarise, to_stochastic,
@@ -381,16 +381,8 @@ def least_error(rows):
     return min(error for _, error, *_ in summarise(rows, "beta", "test_error"))
 
 
-def cell_table(rows, keys, columns):
-    """Means over seeds, for each kind of cell. columns: {title: (field, format)}."""
-    table = []
-    for cell, own in group_by(rows, *keys).items():
-        table.append(dict(zip(keys, cell)) | {"seeds": len(own)})
-        for title, (field, form) in columns.items():
-            table[-1][title] = fmt([row[field] for row in own], form)
-    return table
-
-
+WIDTH_KEYS = {"weight_decay": "weight_decay", "width": "width"}
+BETA_KEYS = {"cap": "cap", "beta": "beta"}
 WIDTH_COLUMNS = {"train error, %": ("train_error", "{:.1f}"),
                  "test error, %": ("test_error", "{:.1f}")}
 BETA_COLUMNS = WIDTH_COLUMNS | {
@@ -418,8 +410,8 @@ def main():
     width, beta = ok_rows(rows, panel="width"), ok_rows(rows, panel="beta")
     plot(width, beta, args)
     save_tables(args, claims=claims(width, beta, GRID[args.scale]),
-                by_width=cell_table(width, ("weight_decay", "width"), WIDTH_COLUMNS),
-                by_beta=cell_table(beta, ("cap", "beta"), BETA_COLUMNS))
+                by_width=cell_table(width, WIDTH_KEYS, WIDTH_COLUMNS),
+                by_beta=cell_table(beta, BETA_KEYS, BETA_COLUMNS))
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from common import (StochasticConv2d, accuracy, add_clutter, beta_at, check, complete_seeds,
-                    density_ratio_information, draw_subset, fmt, group_by, label_information,
-                    layer_information, layer_information_bound, load_images, lr_factor,
-                    mean_network, minibatches, ok_rows, param_groups, parse_args, per_seed,
-                    plot_points, predict, recalibrate_bn, run_grid, sample_weights,
+from common import (StochasticConv2d, accuracy, add_clutter, beta_at, cell_table, check,
+                    complete_seeds, density_ratio_information, draw_subset, group_by,
+                    label_information, layer_information, layer_information_bound, load_images,
+                    lr_factor, mean_network, minibatches, ok_rows, param_groups, parse_args,
+                    per_seed, plot_points, predict, recalibrate_bn, run_grid, sample_weights,
                     save_panels, save_tables, summarise, to_stochastic, total_correlation,
                     weight_information, with_information)
 
@@ -482,16 +482,6 @@ def claims(main, control, grid):
     ]
 
 
-def cell_table(rows, columns):
-    """Means over seeds, for each β. columns: {title: (field, format)}."""
-    table = []
-    for (beta,), own in group_by(rows, "beta").items():
-        table.append({"β": beta, "seeds": len(own)})
-        for title, (field, form) in columns.items():
-            table[-1][title] = fmt([row[field] for row in own], form)
-    return table
-
-
 CONTROL_COLUMNS = {"I(z;n), positions": ("i_zn_positions", "{:.2f}"),
                    "InfoNCE": ("i_zn_nce", "{:.2f}"), "Donsker-Varadhan": ("i_zn_dv", "{:.2f}"),
                    "I(z;y)": ("i_zy", "{:.3f}")}
@@ -516,8 +506,9 @@ def main():
         row["tc_share"] = row["total_correlation"] / row["i_and_tc"]
     plot(trained, control, args)
     save_tables(args, claims=claims(trained, control, GRID[args.scale]),
-                penalty=cell_table(trained, MAIN_COLUMNS),
-                noise=cell_table(control, CONTROL_COLUMNS | {"size": ("noise", "{:.3f}")}))
+                penalty=cell_table(trained, {"β": "beta"}, MAIN_COLUMNS),
+                noise=cell_table(control, {"β": "beta"},
+                                 CONTROL_COLUMNS | {"size": ("noise", "{:.3f}")}))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 
 from beyond.hysteresis import measure, random_labels, train
-from common import (check, complete_seeds, crossing, fmt, group_by, load_images, ok_rows,
+from common import (cell_table, check, complete_seeds, crossing, group_by, load_images, ok_rows,
                     parse_args, per_seed, plot_points, run_grid, save_panels, save_tables,
                     summarise)
 from fig1_phase_transition import DATASETS
@@ -92,17 +92,6 @@ def claims(rows, grid):
     ]
 
 
-def cell_table(rows):
-    """Accuracy, cross-entropy and nats for each cap and beta; means over the seeds."""
-    columns = {"train": "train_acc", "cross-entropy": "cross_entropy", "I/N": "nats"}
-    table = []
-    for (cap, beta), own in group_by(rows, "cap", "beta").items():
-        table.append({"cap on log α": cap, "β": beta, "seeds": len(own)})
-        for name, key in columns.items():
-            table[-1][name] = fmt([row[key] for row in own])
-    return table
-
-
 def accuracy_panel(ax, rows):
     for (cap,), own in group_by(rows, "cap").items():
         plot_points(ax, summarise(own, "beta", "train_acc"), label=f"log α at most {cap:g}")
@@ -130,6 +119,10 @@ def plot(rows, grid, args):
     save_panels(panels, title, args)
 
 
+KEYS = {"cap on log α": "cap", "β": "beta"}
+COLUMNS = {"train": "train_acc", "cross-entropy": "cross_entropy", "I/N": "nats"}
+
+
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
     grid = GRID[args.scale]
@@ -139,7 +132,8 @@ def main():
     rows = ok_rows(rows)
     plot(rows, grid, args)
     complete = complete_seeds(rows, cells)
-    save_tables(args, claims=claims(complete, grid) if complete else [], cells=cell_table(rows))
+    save_tables(args, claims=claims(complete, grid) if complete else [],
+                cells=cell_table(rows, KEYS, COLUMNS))
 
 
 if __name__ == "__main__":

@@ -18,14 +18,13 @@ beta is raised from 0 without Fig. 1's peak, at which nets with a proper prior f
 import math
 from functools import partial
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
 
 import fig1_phase_transition as fig1
-from common import (check, fmt, group_by, ok_rows, parse_args, per_seed, plot_points, run_grid,
-                    save_panels, save_tables, summarise, weight_information)
+from common import (cell_table, check, group_by, ok_rows, parse_args, per_seed, plot_points,
+                    run_grid, save_panels, save_tables, summarise, weight_information)
 
 SETTINGS = {scale: s | {"peak_proper": 0.0} for scale, s in fig1.SETTINGS.items()}
 BETAS = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -206,8 +205,9 @@ def claims(rows):
 
 def r_panel(ax, rows, key, title):
     """r against beta, a curve for each N."""
+    from matplotlib import colormaps
     groups = group_by(rows, "n")
-    for (n,), colour in zip(groups, plt.cm.viridis(np.linspace(0, 0.9, len(groups)))):
+    for (n,), colour in zip(groups, colormaps["viridis"](np.linspace(0, 0.9, len(groups)))):
         memorised = [row for row in groups[n,] if row[key] > 0]
         plot_points(ax, summarise(memorised, "beta", key), color=colour, label=f"N = {n:,}")
     ends = [min(row["beta"] for row in rows), max(row["beta"] for row in rows)]
@@ -229,17 +229,6 @@ def plot(rows, args):
     save_panels(panels, title, args, columns=2)
 
 
-def cell_table(rows):
-    columns = {"train": "train_acc", "cross-entropy": "cross_entropy", "objective": "objective",
-               "I/N": "nats", "with places": "nats_paid", "r": "r", "r, places paid": "r_paid"}
-    table = []
-    for cell, own in group_by(rows, "prior", "n", "beta").items():
-        table.append(dict(zip(("prior", "N", "β"), cell)) | {"seeds": len(own)})
-        for name, key in columns.items():
-            table[-1][name] = fmt([row[key] for row in own])
-    return table
-
-
 def make_cells(scale):
     grid, cells = GRID[scale], []
     for prior, betas in grid["betas"].items():
@@ -248,12 +237,17 @@ def make_cells(scale):
     return cells
 
 
+KEYS = {"prior": "prior", "N": "n", "β": "beta"}
+COLUMNS = {"train": "train_acc", "cross-entropy": "cross_entropy", "objective": "objective",
+           "I/N": "nats", "with places": "nats_paid", "r": "r", "r, places paid": "r_paid"}
+
+
 def main():
     args = parse_args(__doc__, fig1.DATASETS, SEEDS)
     rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], fig1.load_data)
     rows = add_derived(ok_rows(rows))
     plot(rows, args)
-    save_tables(args, claims=claims(rows), cells=cell_table(rows))
+    save_tables(args, claims=claims(rows), cells=cell_table(rows, KEYS, COLUMNS))
 
 
 if __name__ == "__main__":
