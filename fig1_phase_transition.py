@@ -380,7 +380,7 @@ def make_cells(scale):
             cells += one
     for labels, n, beta in grid["longer"]:
         cells.append({"labels": labels, "n": n, "beta": beta, "seed": 0, "steps_factor": 2})
-    return cells
+    return sorted(cells, key=itemgetter("n"))  # the cheap ones first
 
 
 KEYS = {"labels": "labels", "N": "n", "β": "beta", "steps": "steps"}
