@@ -25,7 +25,7 @@ import pytest
 import torch
 
 import common
-from common import claim, parse_args, run_grid, save_tables
+from common import parse_args, run_grid, save_tables
 
 HERE = Path(__file__).resolve().parents[1]
 SETTINGS = {"steps": (3, 4)}
@@ -88,7 +88,8 @@ class Grid:
             args = parse_args("A toy.", {"demo": ["synthetic", "other"], "cpu": ["synthetic"]},
                               {"demo": [0], "cpu": [0]})
             rows = run_grid(cells, train, args, settings, prepare)
-            save_tables(args, claims=[claim("c", "p", f"rows {len(rows)}", True)])
+            claim = {"claim": "c", "paper": "p", "ours": f"rows {len(rows)}", "holds": "yes"}
+            save_tables(args, claims=[claim])
         except SystemExit as end:
             status = end.code or 0
         printed = self.capsys.readouterr()
@@ -651,17 +652,18 @@ SCRIPTS = sorted(path.stem for path in HERE.glob("fig?_*.py"))
 SCRIPTS += sorted(f"beyond.{path.stem}" for path in (HERE / "beyond").glob("[!_t]*.py"))
 
 
-def test_scripts_start_under_any_mplbackend():
+def test_scripts_start_under_any_mplbackend(tmp_path):
     code = ("import importlib, sys\n"
             f"modules = [importlib.import_module(name) for name in {SCRIPTS}]\n"
-            "sys.argv = ['toy.py', '--scale', 'demo']\n"
+            f"sys.argv = ['toy.py', '--scale', 'demo', '--out', {str(tmp_path)!r}]\n"
             "import common\n"
-            "common.parse_args('', {'demo': ['synthetic']}, {'demo': [0]})\n"
+            "args = common.parse_args('', {'demo': ['synthetic']}, {'demo': [0]})\n"
             "common.synthetic_digits(2)\n"
-            "common.new_figure(1, 1, '')[0].savefig(sys.stdout.buffer)")
+            "common.save_panels([lambda ax: ax.plot([1, 2])], '', args)")
     result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True,
                             env=os.environ | {"MPLBACKEND": "module://not_installed"})
     assert result.returncode == 0, result.stderr.decode()
+    assert (tmp_path / "toy-demo.png").exists()
 
 
 class Caught(Exception):
