@@ -920,6 +920,7 @@ def _from_torchvision(name, data_dir):
 
 def channel_statistics(images):
     """Mean and standard deviation per channel of uint8 images (n, c, h, w): two (1, c, 1, 1)."""
+    # by the frequencies of the 256 levels: exact, and without a copy of the images as floats
     counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
     frequencies = torch.stack(counts).double() / counts[0].sum()
     levels = torch.arange(256, device=images.device).double()
@@ -993,10 +994,11 @@ def add_clutter(images, generator, squares=10, size=4, positions=False):
     return (images, mask, torch.cat(starts, 2)) if positions else (images, mask)
 
 
+# Objects and faces are painted in coordinates x, y from -1 to 1, y downwards. A shape is a distance
+# from its edge, negative inside.
 DIGIT_FONTS = ("DejaVuSans[-.M]*", "DejaVuSerif[-.]*", "STIXGeneral*", "cm[brt]*", "cmss*")
 FACE_FACTORS = dict(hair_colour=4, hair_style=3, skin=4, glasses=2, smile=3, beard=2, background=8,
                     pose=5)  # number of values
-FACE_ATTRIBUTES = ("black_hair", "blond_hair", "dark_skin", "glasses", "smiling", "beard")
 FACE_COLOURS = {
     "hair_colour": [[0.07, 0.06, 0.08], [0.46, 0.2, 0.07], [0.93, 0.78, 0.35], [0.66, 0.67, 0.7]],
     "skin": [[0.98, 0.84, 0.74], [0.88, 0.67, 0.5], [0.63, 0.43, 0.29], [0.4, 0.27, 0.19]],
@@ -1027,11 +1029,12 @@ def _local_grid(rng, n, size, shift, turn, scale):
 
 def _paint(canvas, colour, distance, shown=1):
     """Paint colour on canvas (n, 3, h, w), in place, where distance (n, h, w) < 0 and shown."""
-    cover = shown * (0.5 - distance * canvas.shape[-1] / 2.5).clamp(0, 1)
+    cover = shown * (0.5 - distance * canvas.shape[-1] / 2.5).clamp(0, 1)  # smooth at the edge
     canvas.lerp_(torch.as_tensor(colour).expand_as(canvas), cover[:, None])
 
 
 def _draw_in_chunks(draw, n, seed):
+    """uint8 images and labels of draw(rng, count) -> (images from 0 to 1, labels), part by part."""
     rng = torch.Generator().manual_seed(seed)
     parts = [draw(rng, min(250, n - start)) for start in range(0, n, 250)]
     images, labels = (torch.cat(part) for part in zip(*parts))
@@ -1044,7 +1047,7 @@ def synthetic_objects(n, seed=0):
         labels = torch.randint(10, (n,), generator=rng)
         x, y = _local_grid(rng, n, 32, 0.35, math.pi, (0.45, 0.8))
         radius, larger = torch.hypot(x, y), torch.maximum(x.abs(), y.abs())
-        distances = [  # < 0 inside
+        distances = [
             radius - 0.8,  # disc
             larger - 0.75,  # square
             torch.maximum(y, 0.866 * x.abs() - 0.5 * y) - 0.5,  # triangle
@@ -1101,17 +1104,22 @@ def synthetic_digits(n, seed=0):
 def synthetic_faces(n, seed=0):
     """Cartoon faces: uint8 (n, 3, 64, 64), attributes uint8 (n, 6), factors {name: int64 (n,)}.
 
-    FACE_ATTRIBUTES tell some of the FACE_FACTORS, which are independent. For CelebA.
+    The FACE_FACTORS are independent. The attributes tell some of them: black hair, blond hair, dark
+    skin, glasses, smiling, beard. For CelebA.
     """
     def draw(rng, n):
         codes = torch.stack([torch.randint(k, (n,), generator=rng) for k in FACE_FACTORS.values()])
         factor = dict(zip(FACE_FACTORS, codes.view(-1, n, 1, 1)))
-        hair, skin, canvas = (torch.tensor(colours)[factor[name].flatten()].view(n, 3, 1, 1)
-                              for name, colours in FACE_COLOURS.items())
-        canvas = canvas + 0.12 * _smooth_field(rng, n, 3, 3, 64)
-        u, v = _local_grid(rng, n, 64, 0.06, 0.12, (0.9, 1.02))  # frame of the head, v downwards
-        x, style = u - 0.055 * (factor["pose"] - 2), factor["hair_style"]
-        skull, face = torch.hypot(u, v + 0.12) - 0.56, torch.hypot(u, 0.8 * v - 0.08) - 0.47
+
+        def colour(name):
+            return torch.tensor(FACE_COLOURS[name])[factor[name].flatten()].view(n, 3, 1, 1)
+
+        hair, skin, style = colour("hair_colour"), colour("skin"), factor["hair_style"]
+        canvas = colour("background") + 0.12 * _smooth_field(rng, n, 3, 3, 64)
+        u, v = _local_grid(rng, n, 64, 0.06, 0.12, (0.9, 1.02))  # of the head
+        x = u - 0.055 * (factor["pose"] - 2)  # of eyes and mouth, which move as it turns
+        skull = torch.hypot(u, v + 0.12) - 0.56
+        face = torch.hypot(u, 0.8 * v - 0.08) - 0.47
         hairline = v + torch.where(style == 2, 0.2, 0.36)
         mouth = (v - 0.38 + 0.07 * (factor["smile"] - 1) * (60 * x**2 - 0.5)).abs() - 0.03
         eyes = torch.hypot(x.abs() - 0.18, v + 0.03)
