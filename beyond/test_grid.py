@@ -302,17 +302,17 @@ def test_workers_report_failures_and_deaths_and_go_on(grid):
     assert "'die', 'seed': 0} failed: its process was killed" in result.err
     for what in FAULTS:
         assert f"'do': '{what}', 'seed': 0}} failed: Traceback" in result.err
-    status = {row["do"]: row["status"] for row in grid.rows()}
+    rows = {row["do"]: row for row in grid.rows()}  # in the order in which they were finished
+    status = {do: row["status"] for do, row in rows.items()}
     assert status == {"diverge": "diverged", "numpy": "ok", "no": "ok"}
     children, patience = multiprocessing.active_children(), 300
     while any(child.is_alive() for child in children) and patience:  # were told to end
         time.sleep(0.1)
         patience -= 1
     assert patience
-    value = grid.rows()[-1]["value"]  # the same in one process
     grid.path.unlink()
     grid.run({"do": "no"})
-    assert grid.rows()[0]["value"] == value
+    assert grid.rows()[0]["value"] == rows["no"]["value"]  # the same in one process
 
 
 def test_what_cannot_be_sent_to_workers_is_said(grid):
