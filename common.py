@@ -1372,29 +1372,29 @@ def _finished_cells(todo, train_cell, args):
         _set_up_process()
         yield from (_run_cell(train_cell, cell, args) for cell in todo)
         return
-    # A thread for each worker process: one that the system kills takes no other's cell along.
-    own, others = threading.local(), multiprocessing.active_children()
-    context, threads = multiprocessing.get_context("spawn"), futures.ThreadPoolExecutor(jobs)
-
-    def run(cell):
-        if not hasattr(own, "worker"):
-            own.worker = futures.ProcessPoolExecutor(1, context)
-            try:
-                own.worker.submit(_set_up_worker, train_cell).result()
-            except Exception as error:
-                raise OSError(f"worker processes cannot start ({error}): call main() under "
-                              'if __name__ == "__main__", or use --jobs 1') from None
-        try:
-            return own.worker.submit(_run_cell, train_cell, cell, args).result()
-        except futures.BrokenExecutor:
-            del own.worker
-            return cell, "its process was killed, out of memory? Try fewer --jobs", 0
-
+    # A worker is a pool of one process: if the system kills it, no other worker's cell is lost.
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
+    todo, idle, running = list(todo), [], {}
     try:
-        for future in futures.as_completed([threads.submit(run, cell) for cell in todo]):
-            yield future.result()
+        while todo or running:
+            while todo and len(running) < jobs:
+                if not idle:
+                    worker = futures.ProcessPoolExecutor(1, context)
+                    idle.append((worker, worker.submit(_set_up_worker, train_cell)))
+                worker, ready = idle.pop()
+                cell = todo.pop(0)
+                running[worker.submit(_run_cell, train_cell, cell, args)] = cell, worker, ready
+            for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
+                cell, worker, ready = running.pop(future)
+                if error := ready.exception():
+                    raise OSError(f"worker processes cannot start ({error}): call main() under "
+                                  'if __name__ == "__main__", or use --jobs 1')
+                if future.exception():
+                    yield cell, "its process was killed, out of memory? Try fewer --jobs", 0
+                else:
+                    idle.append((worker, ready))
+                    yield future.result()
     finally:
-        threads.shutdown(wait=False, cancel_futures=True)
         for child in set(multiprocessing.active_children()).difference(others):
             child.terminate()
 
