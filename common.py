@@ -1581,8 +1581,9 @@ def save_panels(panels, title, args, columns=3):
     rows = math.ceil(len(panels) / columns)
     fig = Figure((4.3 * columns, 4.0 * rows + 0.4), layout="constrained")
     fig.suptitle(title)
-    for place, panel in enumerate(panels, 1):
-        panel(fig.add_subplot(rows, columns, place))
+    axes = [fig.add_subplot(rows, columns, place + 1) for place in range(len(panels))]
+    for panel, ax in zip(panels, axes):
+        panel(ax)
     path = args.out / f"{args.figure}-{args.scale}"
     for ending in (".png", ".pdf"):
         fig.savefig(f"{path}{ending}", dpi=150, metadata={"CreationDate": None})
