@@ -595,6 +595,8 @@ def ib_loss(logits, target, model, beta, n, *, attributes=False, information=wei
 
 
 # === 3. Information estimators ============================
+# x: inputs of a layer, z: its outputs, y: labels, n: a nuisance. alpha is that of log-normal noise;
+# for Gaussian noise of variance a it is log1p(a).
 
 def g(alpha):
     """Capacity per dimension under log-normal noise: -log(1 - exp(-alpha))/2 nats (Prop. 5.2).
@@ -615,19 +617,19 @@ def alpha_from_information(information, dim):
 def layer_information_bound(dim_z, alpha):
     """Upper bound dim_z * (g(alpha) + 1) on I(z;x) + TC(z) of a layer, nats (Prop. 5.2, Cor. 5.3).
 
-    For centred, uncorrelated, non-zero inputs. alpha: float or (dim_z,), of log-normal noise; for
-    Gaussian noise of variance a, log1p(a). If the weights of a unit differ in it: the alpha_i of
+    For centred, uncorrelated, non-zero inputs. alpha: float, or (dim_z,), one for each unit; that
+    of a unit i whose weights have different ones solves
     expm1(alpha_i) = sum_j expm1(alpha_ij) w_ij^2 / sum_j w_ij^2.
     """
     return dim_z * (g(alpha).mean() + 1)
 
 
 def layer_information(weight, alpha, x):
-    """I(z;x) + TC(z) of z = Wx with noise on its weights, from inputs x: 0-d, nats (Prop. 5.1).
+    """I(z;x) + TC(z) of z = Wx with noise on its weights, estimated from inputs x: 0-d, nats.
 
-    weight: (out, in) means. alpha: (out, in) or float, as above. x: (n, in). Takes z and z|x as
-    Gaussian; a unit that is always 0 holds 0 nats; else inf if some x is all zero. ValueError for
-    what is not finite.
+    Prop. 5.1, which takes z and z|x as Gaussian. weight: (out, in), means. alpha: float or
+    (out, in). x: (n, in). A unit that is always 0 holds 0 nats, another inf if some x, being all
+    zero, gets no noise. ValueError for what is not finite.
     """
     weight, x = weight.double(), x.double()
     alpha = torch.as_tensor(alpha, dtype=torch.double, device=weight.device)
@@ -647,22 +649,23 @@ def _require_finite(**tensors):
 def flat_minimum_bound(weight, trace, beta):
     """Upper bound K/2 * (log|w|^2 + log tr H - log(K^2 beta)) on I~(w;D), nats (Prop. 4.3, C = 0).
 
-    weight: all K means. trace: of the Hessian H of the summed cross-entropy at a minimum. At
-    alpha_i = beta / (w_i^2 H_ii), well below 1. README.md has the errata.
+    Of a net at a minimum of the summed cross-entropy, with the best noise for beta, which is
+    alpha_i = beta / (w_i^2 H_ii), well below 1. weight: all K means. trace: of the Hessian H there.
+    As in the paper's proof; README.md says where its statement differs.
     """
     k = weight.numel()
     return 0.5 * k * (torch.log((weight**2).sum() * trace) - math.log(k**2 * beta))
 
 
-LAMBDAS = tuple(0.5 + 2 ** (k / 2) for k in range(-6, 15))
+LAMBDAS = tuple(0.5 + 2 ** (k / 2) for k in range(-6, 15))  # few, as the union bound costs each
 
 
 def pac_bayes_bound(loss, divergence, n, *, max_loss=math.log(10), delta=0.05, lambdas=LAMBDAS):
     """With probability 1 - delta, an upper bound on the test loss (McAllester 2013; eq. 7).
 
-    loss: of n training samples and random weights, from 0 to max_loss, the mean. divergence: KL of
-    these weights from a prior that has not seen the samples, nats. The least over lambdas (> 1/2),
-    by a union bound. ValueError for impossible values.
+    loss: the mean over n training samples and random weights, of losses from 0 to max_loss.
+    divergence: KL of these weights from a prior that has not seen the samples, nats. The bound is
+    the least over lambdas (> 1/2), by a union bound. ValueError for impossible values.
     """
     if not (0 <= loss <= max_loss and divergence >= 0 and min(lambdas) > 0.5 and n >= 1
             and 0 < delta <= 1):
@@ -684,13 +687,14 @@ def label_information(logits, labels):
 
 def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=2000, batch=256,
                               lr=3e-3, steps=3000, patience=300):
-    """I(z;n) in nats from a discriminator that tells pairs from shuffled pairs (Sec. 6).
+    """I(z;n) in nats from a discriminator that tells pairs from shuffled pairs (Sec. 6): dict.
 
-    discriminator(z, n) -> scores (len(z), len(n)) of all pairs of rows; it is trained, and gets
-    columns of floats standardised. Pairs are split at random: `validation` stop the training once
-    InfoNCE has not risen for `patience` steps; held_out give floats: plug_in and the lower bounds
-    info_nce (at most log held_out) and donsker_varadhan. ValueError: too few pairs, not finite,
-    impossible options, scores of another shape; FloatingPointError: scores not finite.
+    Returns floats: plug_in, and the lower bounds info_nce (at most log held_out) and
+    donsker_varadhan. discriminator(z, n) -> scores (len(z), len(n)) of all pairs of rows; it is
+    trained, and gets columns of floats standardised. Pairs are split at random: `validation` of
+    them stop the training once InfoNCE has not risen for `patience` steps, held_out are measured.
+    ValueError: too few pairs, not finite, impossible options, scores of another shape;
+    FloatingPointError: scores not finite.
     """
     z, n, critic = z.detach(), n.detach(), copy.deepcopy(discriminator).train()
     train = len(z) - validation - held_out
@@ -734,7 +738,7 @@ def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=
             elif step - best_step >= patience:
                 break
     critic.load_state_dict(discriminator.state_dict())
-    if best <= 0:
+    if best <= 0:  # no dependence was found: constant scores are no worse
         return _ratio_estimates(torch.zeros(len(held_out), len(held_out)))
     return estimates(held_out)
 
@@ -779,16 +783,20 @@ def total_correlation(z):
 
 
 # === 4. Data ==============================================
-# Images are uint8 (n, channels, height, width). Rows may be sorted by class: take N by draw_subset.
+# Images are uint8 (n, channels, height, width), one tensor a data set. Rows may be sorted by class:
+# take N of them by draw_subset.
 
 class DataError(OSError):
     """A data set is missing, too small, or its file is damaged."""
 
 
-ARRAYS = {  # file: {array: (shape of a row, largest value)}
-    name: {"x_train": (shape, 255), "y_train": ((), 9), "x_test": (shape, 255), "y_test": ((), 9)}
-    for name, shape in (("cifar10", (32, 32, 3)), ("mnist", (28, 28)))
-} | {"celeba64": {"images": ((64, 64, 3), 255), "attrs": ((40,), 1), "partition": ((), 2)}}
+ARRAYS = {  # in each file: {array: (shape of a row, largest value)}
+    "cifar10": {"x_train": ((32, 32, 3), 255), "y_train": ((), 9),
+                "x_test": ((32, 32, 3), 255), "y_test": ((), 9)},
+    "mnist": {"x_train": ((28, 28), 255), "y_train": ((), 9),
+              "x_test": ((28, 28), 255), "y_test": ((), 9)},
+    "celeba64": {"images": ((64, 64, 3), 255), "attrs": ((40,), 1), "partition": ((), 2)},
+}
 TORCHVISION_FOLDERS = {"cifar10": "cifar-10-batches-py", "mnist": "MNIST", "celeba64": "celeba"}
 
 
@@ -851,7 +859,7 @@ def _one_process(path):
 
 
 def _make_arrays(name, path):
-    """The arrays from torchvision; path is written in one step."""
+    """The arrays from torchvision; they are written to path, in one step, if that can be."""
     folder, copy = path.parent, path.parent / TORCHVISION_FOLDERS[name]
     try:
         found = _from_torchvision(name, str(folder))
@@ -897,9 +905,10 @@ def _from_torchvision(name, data_dir):
     from torchvision import datasets, transforms
     print(f"no {name}.npz in {data_dir}, trying torchvision's copy or its download", flush=True)
     if name != "celeba64":
-        parts = [getattr(datasets, name.upper())(data_dir, train, download=True)
-                 for train in (True, False)]
-        arrays = [np.asarray(a) for part in parts for a in (part.data, part.targets)]
+        arrays = []
+        for train in (True, False):
+            part = getattr(datasets, name.upper())(data_dir, train, download=True)
+            arrays += [np.asarray(part.data), np.asarray(part.targets)]
         return dict(zip(ARRAYS[name], arrays))
     crop = transforms.Compose([transforms.CenterCrop(148), transforms.Resize((64, 64))])
     faces = datasets.CelebA(data_dir, "all", transform=crop, download=True)
@@ -911,6 +920,7 @@ def _from_torchvision(name, data_dir):
 
 def channel_statistics(images):
     """Mean and standard deviation per channel of uint8 images (n, c, h, w): two (1, c, 1, 1)."""
+    # by the frequencies of the 256 levels: exact, and without a copy of the images as floats
     counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
     frequencies = torch.stack(counts).double() / counts[0].sum()
     levels = torch.arange(256, device=images.device).double()
@@ -984,10 +994,11 @@ def add_clutter(images, generator, squares=10, size=4, positions=False):
     return (images, mask, torch.cat(starts, 2)) if positions else (images, mask)
 
 
+# Objects and faces are painted in coordinates x, y from -1 to 1, y downwards. A shape is a distance
+# from its edge, negative inside.
 DIGIT_FONTS = ("DejaVuSans[-.M]*", "DejaVuSerif[-.]*", "STIXGeneral*", "cm[brt]*", "cmss*")
 FACE_FACTORS = dict(hair_colour=4, hair_style=3, skin=4, glasses=2, smile=3, beard=2, background=8,
                     pose=5)  # number of values
-FACE_ATTRIBUTES = ("black_hair", "blond_hair", "dark_skin", "glasses", "smiling", "beard")
 FACE_COLOURS = {
     "hair_colour": [[0.07, 0.06, 0.08], [0.46, 0.2, 0.07], [0.93, 0.78, 0.35], [0.66, 0.67, 0.7]],
     "skin": [[0.98, 0.84, 0.74], [0.88, 0.67, 0.5], [0.63, 0.43, 0.29], [0.4, 0.27, 0.19]],
@@ -1018,11 +1029,12 @@ def _local_grid(rng, n, size, shift, turn, scale):
 
 def _paint(canvas, colour, distance, shown=1):
     """Paint colour on canvas (n, 3, h, w), in place, where distance (n, h, w) < 0 and shown."""
-    cover = shown * (0.5 - distance * canvas.shape[-1] / 2.5).clamp(0, 1)
+    cover = shown * (0.5 - distance * canvas.shape[-1] / 2.5).clamp(0, 1)  # smooth at the edge
     canvas.lerp_(torch.as_tensor(colour).expand_as(canvas), cover[:, None])
 
 
 def _draw_in_chunks(draw, n, seed):
+    """uint8 images and labels of draw(rng, count) -> (images from 0 to 1, labels), part by part."""
     rng = torch.Generator().manual_seed(seed)
     parts = [draw(rng, min(250, n - start)) for start in range(0, n, 250)]
     images, labels = (torch.cat(part) for part in zip(*parts))
@@ -1035,7 +1047,7 @@ def synthetic_objects(n, seed=0):
         labels = torch.randint(10, (n,), generator=rng)
         x, y = _local_grid(rng, n, 32, 0.35, math.pi, (0.45, 0.8))
         radius, larger = torch.hypot(x, y), torch.maximum(x.abs(), y.abs())
-        distances = [  # < 0 inside
+        distances = [
             radius - 0.8,  # disc
             larger - 0.75,  # square
             torch.maximum(y, 0.866 * x.abs() - 0.5 * y) - 0.5,  # triangle
@@ -1092,17 +1104,22 @@ def synthetic_digits(n, seed=0):
 def synthetic_faces(n, seed=0):
     """Cartoon faces: uint8 (n, 3, 64, 64), attributes uint8 (n, 6), factors {name: int64 (n,)}.
 
-    FACE_ATTRIBUTES tell some of the FACE_FACTORS, which are independent. For CelebA.
+    The FACE_FACTORS are independent. The attributes tell some of them: black hair, blond hair, dark
+    skin, glasses, smiling, beard. For CelebA.
     """
     def draw(rng, n):
         codes = torch.stack([torch.randint(k, (n,), generator=rng) for k in FACE_FACTORS.values()])
         factor = dict(zip(FACE_FACTORS, codes.view(-1, n, 1, 1)))
-        hair, skin, canvas = (torch.tensor(colours)[factor[name].flatten()].view(n, 3, 1, 1)
-                              for name, colours in FACE_COLOURS.items())
-        canvas = canvas + 0.12 * _smooth_field(rng, n, 3, 3, 64)
-        u, v = _local_grid(rng, n, 64, 0.06, 0.12, (0.9, 1.02))  # frame of the head, v downwards
-        x, style = u - 0.055 * (factor["pose"] - 2), factor["hair_style"]
-        skull, face = torch.hypot(u, v + 0.12) - 0.56, torch.hypot(u, 0.8 * v - 0.08) - 0.47
+
+        def colour(name):
+            return torch.tensor(FACE_COLOURS[name])[factor[name].flatten()].view(n, 3, 1, 1)
+
+        hair, skin, style = colour("hair_colour"), colour("skin"), factor["hair_style"]
+        canvas = colour("background") + 0.12 * _smooth_field(rng, n, 3, 3, 64)
+        u, v = _local_grid(rng, n, 64, 0.06, 0.12, (0.9, 1.02))  # of the head
+        x = u - 0.055 * (factor["pose"] - 2)  # of eyes and mouth, which move as it turns
+        skull = torch.hypot(u, v + 0.12) - 0.56
+        face = torch.hypot(u, 0.8 * v - 0.08) - 0.47
         hairline = v + torch.where(style == 2, 0.2, 0.36)
         mouth = (v - 0.38 + 0.07 * (factor["smile"] - 1) * (60 * x**2 - 0.5)).abs() - 0.03
         eyes = torch.hypot(x.abs() - 0.18, v + 0.03)
@@ -1123,8 +1140,8 @@ def synthetic_faces(n, seed=0):
 
 
 # === 5. Running a grid ====================================
-# A cell is one training run, a dict of what sets it apart, such as {"n": 300, "beta": 0.1}; when
-# finished, a row of <out>/<figure>-<scale>.jsonl.
+# A cell is one training run: a dict of what sets it apart, such as {"n": 300, "beta": 0.1}. When
+# finished it is a row, one line of <out>/<figure>-<scale>.jsonl, and is not run again.
 
 @contextlib.contextmanager
 def _user_errors():
@@ -1136,16 +1153,11 @@ def _user_errors():
         raise SystemExit(2) from None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):  # without the usage
-        self.exit(2, f"error: {message} (see --help)\n")
-
-
 def parse_args(doc, datasets, seeds):
-    """Read the command line shared by all scripts; doc: the script's docstring, for --help.
+    """The command line that all scripts share: a namespace of its options, device and figure.
 
-    datasets: {scale: names}, the default first. seeds: {scale: list}. Returns a namespace of the
-    options, device and figure. Bad values: one line on stderr, exit status 2.
+    doc: the script's docstring, for --help. datasets: {scale: names}, the default first. seeds:
+    {scale: list}. Bad values: one line on stderr, exit status 2.
     """
     def number(text):
         if not text.isdecimal() or int(text) >= 2**63:
@@ -1159,7 +1171,9 @@ def parse_args(doc, datasets, seeds):
         return part, parts
 
     layout = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(description=doc, formatter_class=layout, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=layout, allow_abbrev=False)
+    # argparse would print the usage too
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     add = parser.add_argument
     add("--gpu", type=number, help="index of the GPU")
     add("--scale", choices=list(datasets), help="default: paper on a GPU, else cpu")
@@ -1203,17 +1217,18 @@ def _device(gpu):
 
 @_user_errors()
 def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
-    """Train every cell (dict) that has no row yet, for each seed or its own; return all rows.
+    """Train every cell that has no row yet, for each seed or the cell's own; return all rows.
 
-    train_cell(cell, device, args, progress) returns what was measured (dict). progress(step, steps,
-    loss) ends a cell whose loss is not finite. settings: rows of others do not count. prepare(args)
-    is called before training. Rows, one JSON line each: figure, scale, dataset, status ("ok" or
-    "diverged"), device, torch, git, settings, seconds, the cell's keys, what was measured.
-    A cell that raises is reported and gets no row; then exit status 1 when the others are trained.
+    train_cell(cell, device, args, progress) returns what it measured (dict), and calls
+    progress(step, steps, loss), which ends a cell whose loss is not finite. settings: how cells are
+    trained; rows of others do not count. prepare(args) loads the data, before training. A row has
+    figure, scale, dataset, status ("ok" or "diverged"), device, torch, git, code, settings,
+    seconds, the cell's keys and what was measured. A cell that raises is reported and gets no row;
+    when the others are trained, exit status 1.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise SystemExit  # a worker imports a script without a __main__ guard: its parent says so
-    names = sorted({"seed"}.union(*cells))
+    names = sorted({"seed"}.union(*cells))  # of the keys that tell cells apart; some lack some
     try:
         cells = [_through_json(cell | {"seed": seed}) for seed in args.seeds for cell in cells
                  if cell.get("seed", seed) == seed]
@@ -1232,14 +1247,14 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
         return _hashable([row.get(name) for name in names])
 
     def counted(rows):  # of rows that stand twice, one
-        return {key(row): row for row in rows if row["settings"] == head["settings"]}
+        return {key(row): row for row in rows if row["settings"] == settings}
 
     found = read_rows(args)
     rows = counted(found)
     todo = [cell for cell in cells if key(cell) not in rows]
     print(f"{args.figure}: device {head['device']}, scale {args.scale}, data {args.dataset}, "
           f"{len(cells)} cells, {len(cells) - len(todo)} done, commit {head['git']}")
-    if others := sum(row["settings"] != head["settings"] for row in found):
+    if others := sum(row["settings"] != settings for row in found):
         print(f"{others} rows in {args.out} have other settings: left aside")
     changed = [row for row in rows.values() if row.get("code") != head["code"]]
     if changed:
@@ -1281,7 +1296,7 @@ def _through_json(value):
 
 
 def _hashable(value):
-    """Lists and dicts as tuples."""
+    """Lists and dicts as tuples, which can be keys."""
     if isinstance(value, dict):
         value = sorted(value.items())
     return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
@@ -1291,40 +1306,35 @@ def _train(todo, train_cell, args, head, prepare):
     """Append a row for every cell that is trained; return how many failed."""
     part, parts = args.shard
     shard = f".{part}-of-{parts}" if parts > 1 else ""
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.figure}-{args.scale}{shard}.jsonl"
-    failed = 0
-    with open(path, "a") as file:
+    args.out.mkdir(parents=True, exist_ok=True)
+    prepare(args)
+    started, failed = time.monotonic(), 0
+    finished = _finished_cells(todo, train_cell, args)
+    with open(path, "a") as file, contextlib.closing(finished):
         _lock(file)
-        try:
-            if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
-                print(file=file)  # ends a line that a crash left unfinished
-            prepare(args)
-            started = time.monotonic()
-            with contextlib.closing(_finished_cells(todo, train_cell, args)) as finished:
-                for count, (cell, result, seconds) in enumerate(finished, 1):
-                    minutes = (time.monotonic() - started) / 60
-                    if isinstance(result, str):
-                        failed += 1
-                        print(f"{cell} failed: {result}", file=sys.stderr, flush=True)
-                        continue
-                    row = head | {"seconds": round(seconds, 1)} | cell | result
-                    print(json.dumps(row), file=file, flush=True)
-                    if not path.exists():
-                        raise OSError(f"{path} was removed")
-                    os.fsync(file.fileno())
-                    shown = " ".join(f"{name} {value:.3f}" for name, value in result.items()
-                                     if name.endswith("acc") and isinstance(value, float))
-                    print(f"{count}/{len(todo)} {cell} {row['status']} {shown} {minutes:.1f} min, "
-                          f"{minutes / count * (len(todo) - count):.1f} to go", flush=True)
-        finally:
-            if path.is_file() and not path.stat().st_size:
-                path.unlink()
+        if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
+            print(file=file)  # ends a line that a crash left unfinished
+        for count, (cell, result, seconds) in enumerate(finished, 1):
+            if isinstance(result, str):
+                failed += 1
+                print(f"{cell} failed: {result}", file=sys.stderr, flush=True)
+                continue
+            row = head | {"seconds": round(seconds, 1)} | cell | result
+            print(json.dumps(row), file=file, flush=True)
+            if not path.exists():
+                raise OSError(f"{path} was removed")
+            os.fsync(file.fileno())
+            shown = " ".join(f"{name} {value:.3f}" for name, value in result.items()
+                             if name.endswith("acc") and isinstance(value, float))
+            minutes = (time.monotonic() - started) / 60
+            print(f"{count}/{len(todo)} {cell} {row['status']} {shown} {minutes:.1f} min, "
+                  f"{minutes / count * (len(todo) - count):.1f} to go", flush=True)
     return failed
 
 
 def _lock(file):
-    """Claim the rows of this run; OSError if another process writes them."""
+    """Make this process the only writer of a file of rows, or raise OSError."""
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1356,41 +1366,34 @@ def read_rows(args):
 
 
 def _finished_cells(todo, train_cell, args):
-    """Yield (cell, result or why it failed, seconds) as cells finish, in args.jobs processes.
-
-    Each worker is a pool of its own, so that one that is killed takes no other's cell along.
-    """
+    """Yield (cell, result or why it failed, seconds) as cells finish, in args.jobs processes."""
     jobs = min(args.jobs, len(todo))
     if jobs == 1:
         _set_up_process()
         yield from (_run_cell(train_cell, cell, args) for cell in todo)
         return
+    # A worker is a pool of one process: if the system kills it, no other worker's cell is lost.
     context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
-    todo, running = iter(todo), {}
-
-    def train_next(pool=None, ready=None):
-        for cell in todo:
-            if pool is None:
-                pool = futures.ProcessPoolExecutor(1, context)
-                ready = pool.submit(_set_up_worker, train_cell)
-            running[pool.submit(_run_cell, train_cell, cell, args)] = cell, pool, ready
-            return
-
+    todo, idle, running = list(todo), [], {}
     try:
-        for _ in range(jobs):
-            train_next()
-        while running:
+        while todo or running:
+            while todo and len(running) < jobs:
+                if not idle:
+                    worker = futures.ProcessPoolExecutor(1, context)
+                    idle.append((worker, worker.submit(_set_up_worker, train_cell)))
+                worker, ready = idle.pop()
+                cell = todo.pop(0)
+                running[worker.submit(_run_cell, train_cell, cell, args)] = cell, worker, ready
             for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
-                cell, pool, ready = running.pop(future)
+                cell, worker, ready = running.pop(future)
                 if error := ready.exception():
                     raise OSError(f"worker processes cannot start ({error}): call main() under "
                                   'if __name__ == "__main__", or use --jobs 1')
                 if future.exception():
                     yield cell, "its process was killed, out of memory? Try fewer --jobs", 0
-                    train_next()
                 else:
+                    idle.append((worker, ready))
                     yield future.result()
-                    train_next(pool, ready)
     finally:
         for child in set(multiprocessing.active_children()).difference(others):
             child.terminate()
@@ -1432,53 +1435,48 @@ def _set_up_worker(train_cell):
 
 
 def training_code(train_cell, prepare=None):
-    """A hash of train_cell and of what it calls in this project, but prepare, the data: str.
+    """A hash of the code of train_cell and of all that it calls in this project: str.
 
-    Of their text without comments, docstrings and white space.
+    It does not change with comments, docstrings and white space, nor with prepare, which loads the
+    data.
     """
     here = Path(globals().get("__file__", ".")).resolve().parent
     texts, todo = {}, [train_cell]
     while todo:
         thing = inspect.unwrap(todo.pop())
+        if thing is prepare or not (inspect.isfunction(thing) or inspect.isclass(thing)):
+            continue
+        name = thing.__module__, thing.__qualname__
         try:
             file = Path(inspect.getsourcefile(thing)).resolve()
-            own = file.is_relative_to(here) and "site-packages" not in file.parts
-            if not own or thing is prepare or (thing.__module__, thing.__qualname__) in texts:
+            if name in texts or here not in file.parents[:2]:  # deeper: installed packages
                 continue
             text = textwrap.dedent(inspect.getsource(thing))  # slow: parses the whole file
             tree = ast.parse(text)
         except (OSError, TypeError, SyntaxError):  # built in, typed into a shell, a lambda
             continue
-        texts[thing.__module__, thing.__qualname__] = _bare(text, tree)
-        for node in ast.walk(tree):
-            todo += _named(node, vars(sys.modules[thing.__module__]))
+        texts[name] = _bare(text)
+        scope = vars(sys.modules[thing.__module__])
+        for node in ast.walk(tree):  # what it names: f, a dict of functions, module.f
+            if isinstance(node, ast.Name):
+                named = scope.get(node.id)
+                todo += named.values() if isinstance(named, dict) else [named]
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module = scope.get(node.value.id)
+                if inspect.ismodule(module):
+                    todo.append(getattr(module, node.attr, None))
     return hashlib.sha256("".join(sorted(texts.values())).encode()).hexdigest()[:12]
 
 
-def _named(node, scope):
-    """The functions and classes that a node of a syntax tree names: f, module.f, a dict of them."""
-    found = []
-    if isinstance(node, ast.Name):
-        found = scope.get(node.id)
-        found = found.values() if isinstance(found, dict) else [found]
-    elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        module = scope.get(node.value.id)
-        found = [getattr(module, node.attr, None)] if inspect.ismodule(module) else []
-    return [f for f in found if inspect.isfunction(inspect.unwrap(f)) or inspect.isclass(f)]
-
-
-def _bare(text, tree):
+def _bare(text):
     """A text of Python without comments, docstrings and white space."""
-    lines = text.splitlines()
+    kept, before = "", None
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-            for row in range(node.body[0].lineno, node.body[0].end_lineno + 1):
-                lines[row - 1] = ""
-    return "".join("".join(lines).split())
+        docstring = token.type == tokenize.STRING and before == tokenize.INDENT
+        if token.type != tokenize.COMMENT and not docstring:
+            kept += token.string
+        before = token.type
+    return "".join(kept.split())
 
 
 def _git_revision():
@@ -1505,8 +1503,12 @@ def ok_rows(rows, **where):
 
 def complete_seeds(rows, cells):
     """The rows of these cells (dicts), of the seeds for which none is missing or diverged."""
-    by_seed = [[ok_rows(own, **cell) for cell in cells] for own in group_by(rows, "seed").values()]
-    return [row for found in by_seed if all(found) for some in found for row in some]
+    complete = []
+    for own in group_by(rows, "seed").values():
+        found = [ok_rows(own, **cell) for cell in cells]
+        if all(found):
+            complete += sum(found, [])
+    return complete
 
 
 def group_by(rows, *keys):
@@ -1519,10 +1521,12 @@ def group_by(rows, *keys):
 
 def summarise(rows, x, y, **where):
     """[(x, mean of y, sample std, count), ...] over the ok rows with these values, by x."""
-    groups = group_by(ok_rows(rows, **where), x).items()
-    values = [(key, [row[y] for row in group]) for (key,), group in groups]
-    return [(key, float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v))
-            for key, v in values]
+    points = []
+    for (value,), own in group_by(ok_rows(rows, **where), x).items():
+        measured = [row[y] for row in own]
+        spread = float(np.std(measured, ddof=1)) if len(own) > 1 else 0.0
+        points.append((value, float(np.mean(measured)), spread, len(own)))
+    return points
 
 
 def crossing(points, level):
@@ -1560,33 +1564,31 @@ def fmt(values, form="{:.2f}"):
     return form.format(np.mean(values)) + spread if len(values) else "–"
 
 
-def new_figure(rows, columns, title):
-    """A figure in the house style and its axes (rows, columns); drawn to files, not a window."""
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure  # of no backend, whatever MPLBACKEND says
-    rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
-                     "axes.titlesize": 10, "legend.fontsize": 7, "axes.formatter.min_exponent": 4})
-    size = 4.3 * columns, 4.0 * rows + 0.4
-    fig = Figure(size, layout="constrained")
-    fig.suptitle(title)
-    return fig, fig.subplots(rows, columns, squeeze=False)
-
-
+@_user_errors()
 def save_panels(panels, title, args, columns=3):
-    """Draw panels, functions of an axes, in a figure, and write <out>/<figure>-<scale>.png, .pdf.
+    """Draw panels, functions of an axes, as one figure: <out>/<figure>-<scale>.png and .pdf.
 
     Nothing is written without panels.
     """
     if not panels:
         print("nothing to plot yet")
         return
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure  # of no backend, whatever MPLBACKEND says
+    rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
+                     "axes.titlesize": 10, "legend.fontsize": 7, "axes.formatter.min_exponent": 4})
     columns = min(columns, len(panels))
-    fig, axes = new_figure(math.ceil(len(panels) / columns), columns, title)
-    for ax in axes.flat[len(panels):]:
-        ax.remove()
-    for panel, ax in zip(panels, axes.flat):
+    rows = math.ceil(len(panels) / columns)
+    fig = Figure((4.3 * columns, 4.0 * rows + 0.4), layout="constrained")
+    fig.suptitle(title)
+    axes = [fig.add_subplot(rows, columns, place + 1) for place in range(len(panels))]
+    for panel, ax in zip(panels, axes):
         panel(ax)
-    save_figure(fig, args)
+    path = args.out / f"{args.figure}-{args.scale}"
+    for ending in (".png", ".pdf"):
+        fig.savefig(f"{path}{ending}", dpi=150, metadata={"CreationDate": None})
+        fig.set_layout_engine("none")  # keep the layout: finding it is half of the time
+    print(f"plot: {path}.png and .pdf", flush=True)
 
 
 def plot_points(ax, points, fmt="o-", **style):
@@ -1596,37 +1598,23 @@ def plot_points(ax, points, fmt="o-", **style):
         ax.errorbar(x, mean, spread, fmt=fmt, ms=4, capsize=2, lw=1.2, **style)
 
 
-@_user_errors()
-def save_figure(fig, args):
-    """Write <out>/<figure>-<scale>.png and .pdf."""
-    path = args.out / f"{args.figure}-{args.scale}"
-    for ending in (".png", ".pdf"):
-        fig.savefig(f"{path}{ending}", dpi=150, metadata={"CreationDate": None})
-        fig.set_layout_engine("none")  # keep the layout: finding it is half of the time
-    print(f"plot: {path}.png and .pdf", flush=True)
-
-
-def claim(sentence, paper, ours, holds):
-    """A row of the claims table; holds: bool, or None for undecided."""
-    verdict = "undecided" if holds is None else "yes" if holds else "NO"
-    return {"claim": sentence, "paper": paper, "ours": ours, "holds": verdict}
-
-
 def check(sentence, paper, values, threshold, form="{:.2f}"):
-    """A row of the claims table, or None without values.
+    """A row of the claims table: whether measured values are within a threshold of the paper's.
 
-    values: {name: a value per seed}. It holds if the mean of each is within threshold, (least,
-    largest), and fails if one is beyond; else, with a nan, it is undecided.
+    values: {name: a value per seed}; None without any. threshold: (least, largest). The claim holds
+    if the mean of each is within, and fails if one is beyond; else, with a nan, it is undecided.
     """
-    values = {name: np.atleast_1d(np.asarray(v, float)) for name, v in values.items()}
-    values = {name: v for name, v in values.items() if len(v)}
+    values = {name: seeds for name, seeds in values.items() if np.size(seeds)}
     if not values:
         return None
-    ours = "; ".join(f"{name} {fmt(v, form)}".strip() for name, v in values.items())
-    means = np.array([v.mean() for v in values.values()])
-    fails = ((means < threshold[0]) | (means > threshold[1])).any()
-    holds = None if np.isnan(means).any() and not fails else not fails
-    return claim(sentence, paper, ours, holds)
+    ours = "; ".join(f"{name} {fmt(seeds, form)}".strip() for name, seeds in values.items())
+    means = np.array([np.mean(seeds) for seeds in values.values()])
+    least, largest = threshold
+    if ((means < least) | (means > largest)).any():
+        holds = "NO"
+    else:
+        holds = "undecided" if np.isnan(means).any() else "yes"
+    return {"claim": sentence, "paper": paper, "ours": ours, "holds": holds}
 
 
 @_user_errors()

@@ -17,7 +17,6 @@ import sys
 from concurrent import futures
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -1057,10 +1056,8 @@ def redraw(monkeypatch, script, out, scale):
     monkeypatch.setattr(sys, "argv", [script + ".py", "--scale", scale, "--plot-only", "--jobs",
                                       "1", "--out", str(out)])
     monkeypatch.setattr(common, "training_code", lambda *_: "not compared")
-    for module in (common, figure):
-        monkeypatch.setattr(module, "save_figure", lambda *_: None, raising=False)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
     figure.main()
-    plt.close("all")
 
 
 @pytest.mark.parametrize("part", ["the first", "the second half", "half by chance"])

@@ -25,7 +25,7 @@ import pytest
 import torch
 
 import common
-from common import claim, parse_args, run_grid, save_tables
+from common import parse_args, run_grid, save_tables
 
 HERE = Path(__file__).resolve().parents[1]
 SETTINGS = {"steps": (3, 4)}
@@ -88,7 +88,8 @@ class Grid:
             args = parse_args("A toy.", {"demo": ["synthetic", "other"], "cpu": ["synthetic"]},
                               {"demo": [0], "cpu": [0]})
             rows = run_grid(cells, train, args, settings, prepare)
-            save_tables(args, claims=[claim("c", "p", f"rows {len(rows)}", True)])
+            claim = {"claim": "c", "paper": "p", "ours": f"rows {len(rows)}", "holds": "yes"}
+            save_tables(args, claims=[claim])
         except SystemExit as end:
             status = end.code or 0
         printed = self.capsys.readouterr()
@@ -301,17 +302,17 @@ def test_workers_report_failures_and_deaths_and_go_on(grid):
     assert "'die', 'seed': 0} failed: its process was killed" in result.err
     for what in FAULTS:
         assert f"'do': '{what}', 'seed': 0}} failed: Traceback" in result.err
-    status = {row["do"]: row["status"] for row in grid.rows()}
+    rows = {row["do"]: row for row in grid.rows()}  # in the order in which they were finished
+    status = {do: row["status"] for do, row in rows.items()}
     assert status == {"diverge": "diverged", "numpy": "ok", "no": "ok"}
     children, patience = multiprocessing.active_children(), 300
     while any(child.is_alive() for child in children) and patience:  # were told to end
         time.sleep(0.1)
         patience -= 1
     assert patience
-    value = grid.rows()[-1]["value"]  # the same in one process
     grid.path.unlink()
     grid.run({"do": "no"})
-    assert grid.rows()[0]["value"] == value
+    assert grid.rows()[0]["value"] == rows["no"]["value"]  # the same in one process
 
 
 def test_what_cannot_be_sent_to_workers_is_said(grid):
@@ -651,17 +652,18 @@ SCRIPTS = sorted(path.stem for path in HERE.glob("fig?_*.py"))
 SCRIPTS += sorted(f"beyond.{path.stem}" for path in (HERE / "beyond").glob("[!_t]*.py"))
 
 
-def test_scripts_start_under_any_mplbackend():
+def test_scripts_start_under_any_mplbackend(tmp_path):
     code = ("import importlib, sys\n"
             f"modules = [importlib.import_module(name) for name in {SCRIPTS}]\n"
-            "sys.argv = ['toy.py', '--scale', 'demo']\n"
+            f"sys.argv = ['toy.py', '--scale', 'demo', '--out', {str(tmp_path)!r}]\n"
             "import common\n"
-            "common.parse_args('', {'demo': ['synthetic']}, {'demo': [0]})\n"
+            "args = common.parse_args('', {'demo': ['synthetic']}, {'demo': [0]})\n"
             "common.synthetic_digits(2)\n"
-            "common.new_figure(1, 1, '')[0].savefig(sys.stdout.buffer)")
+            "common.save_panels([lambda ax: ax.plot([1, 2])], '', args)")
     result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True,
                             env=os.environ | {"MPLBACKEND": "module://not_installed"})
     assert result.returncode == 0, result.stderr.decode()
+    assert (tmp_path / "toy-demo.png").exists()
 
 
 class Caught(Exception):
