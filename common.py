@@ -1558,10 +1558,12 @@ def cell_table(rows, keys, columns):
 
 
 def fmt(values, form="{:.2f}"):
-    """Mean and sample std of the seeds' values as text: "0.52 ± 0.03"."""
+    """Mean and sample std of the seeds' values as text: "0.52 ± 0.03"; "–" for none or a nan."""
     values = np.atleast_1d(np.asarray(values, float))
+    if not len(values) or np.isnan(values).any():
+        return "–"
     spread = f" ± {form.format(np.std(values, ddof=1))}" if len(values) > 1 else ""
-    return form.format(np.mean(values)) + spread if len(values) else "–"
+    return form.format(np.mean(values)) + spread
 
 
 @_user_errors()
@@ -1621,9 +1623,11 @@ def check(sentence, paper, values, threshold, form="{:.2f}"):
 def save_tables(args, **tables):
     """Print tables, {title: list of dicts}, and write them to <out>/<figure>-<scale>.md.
 
-    <out>/README.md gets, between <!-- FIGURE-SCALE --> and <!-- end -->, the first six claims.
+    <out>/README.md gets, between <!-- FIGURE-SCALE --> and <!-- end -->, the first six claims. A row
+    that is None, a claim without values, is only counted there.
     """
     stem = f"{args.figure}-{args.scale}"
+    unmeasured = tables.get("claims", []).count(None)
     tables = {title: [row for row in table if row] for title, table in tables.items()}
     text = ""
     for title, table in tables.items():
@@ -1635,7 +1639,8 @@ def save_tables(args, **tables):
     if page.exists() and claims:
         verdicts = [row["holds"] for row in claims]
         summary = (f"Claims: {verdicts.count('yes')} hold, {verdicts.count('NO')} fail, "
-                   f"{verdicts.count('undecided')} undecided ([all, and every cell]({stem}.md)).\n")
+                   f"{verdicts.count('undecided')} undecided, {unmeasured} not measured yet "
+                   f"([all, and every cell]({stem}.md)).\n")
         block = re.compile(f"(<!-- {stem} -->\n).*?(?=<!-- end -->)", re.DOTALL)
         new = f"\n{summary}\n{_markdown(claims[:6])}\n"
         old = page.read_text(encoding="utf-8")

@@ -908,8 +908,8 @@ def test_clutter_is_white_squares_and_their_mask():
     ({"N = 1": [1], "N = 2": [2, 2]}, (1, 2), "yes", "N = 1 1.00; N = 2 2.00 ± 0.00"),
     ({"N = 1": [1], "N = 2": [2.1]}, (1, 2), "NO", "N = 1 1.00; N = 2 2.10"),  # every one does
     ({"N = 1": [], "N = 2": [1]}, (1, 2), "yes", "N = 2 1.00"),
-    ({"": [math.nan]}, (-math.inf, math.inf), "undecided", "nan"),
-    ({"a": [math.nan], "b": [3.0]}, (0, 1), "NO", "a nan; b 3.00")])
+    ({"": [math.nan]}, (-math.inf, math.inf), "undecided", "–"),
+    ({"a": [math.nan], "b": [3.0]}, (0, 1), "NO", "a –; b 3.00")])
 def test_a_claim_holds_if_each_mean_is_within_its_threshold(values, threshold, holds, ours):
     row = check("sentence", "paper", values, threshold)
     assert row == {"claim": "sentence", "paper": "paper", "ours": ours, "holds": holds}

@@ -89,7 +89,7 @@ class Grid:
                               {"demo": [0], "cpu": [0]})
             rows = run_grid(cells, train, args, settings, prepare)
             claim = {"claim": "c", "paper": "p", "ours": f"rows {len(rows)}", "holds": "yes"}
-            save_tables(args, claims=[claim])
+            save_tables(args, claims=[claim, None])
         except SystemExit as end:
             status = end.code or 0
         printed = self.capsys.readouterr()
@@ -208,7 +208,8 @@ def test_tables_are_put_into_the_page(grid):
     assert "| c | p | rows 2 | yes |\n" in table
     assert table in printed
     claims = table.split("\n\n")[1]
-    count = "Claims: 1 hold, 0 fail, 0 undecided ([all, and every cell](toy-demo.md))."
+    count = ("Claims: 1 hold, 0 fail, 0 undecided, 1 not measured yet "
+             "([all, and every cell](toy-demo.md)).")
     assert page.read_text() == (f"before\n<!-- toy-demo -->\n\n{count}\n\n{claims}\n\n"
                                 "<!-- end -->\nafter <!-- end -->\n")
 
