@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 
 from beyond.proper_prior import prior_divergence
-from common import (check, complete_seeds, draw_subset, fmt, load_images, lr_factor, minibatches,
-                    normalise, ok_rows, pac_bayes_bound, param_groups, parse_args, per_seed,
-                    recalibrate_bn, run_grid, sample_weights, sampled_network, save_panels,
-                    save_tables, to_stochastic)
+from common import (check, complete_seeds, draw_subset, fmt, group_by, load_images, lr_factor,
+                    minibatches, normalise, ok_rows, pac_bayes_bound, param_groups, parse_args,
+                    per_seed, recalibrate_bn, run_grid, sample_weights, sampled_network,
+                    save_panels, save_tables, to_stochastic)
 from fig1_phase_transition import DATASETS, small_alexnet
 
 # prior_steps: of the prior that has seen half of the samples. draws: of a network and 100 samples.
@@ -74,11 +74,11 @@ def train_cell(cell, device, args, progress):
         train(model, means, x[:seen], y[:seen], s["prior_steps"], s, progress)
     to_stochastic(model)
     for layer in model.modules():
-        if hasattr(layer, "log_sigma2"):
+        if hasattr(layer, "log_sigma2"):  # one noise per layer, as the prior has one variance
             layer.log_sigma2.data.fill_(layer.weight.square().mean().log() - 6)
     if not seen:
         recalibrate_bn(model.eval(), torch.randn(500, *x.shape[1:], device=device))
-    prior = copy.deepcopy(model.eval().state_dict())
+    prior = copy.deepcopy(model.eval().state_dict())  # its means; the variance is chosen later
 
     # the posterior, from the samples that the prior has not seen; batch norm stays in eval()
     x, y = x[seen:], y[seen:]
@@ -90,6 +90,7 @@ def train_cell(cell, device, args, progress):
         train(model, param_groups(model, s["lr"], s["lr_noise"]), x, y, s["steps"], s, progress,
               penalty)
 
+    # a network for every 100 samples, so that the draws are independent
     row = {"divergence": prior_divergence(model, prior).item(), "bound_n": len(x)}
     drawn = [clipped_losses(sampled_network(model), x[index], y[index])
              for index in torch.randint(len(x), (s["draws"], 100), device=device)]
@@ -130,24 +131,29 @@ def clipped_losses(net, x, y):
 def add_certificates(rows):
     """Rows with eq. 7 for either loss, "bound_cross_entropy" and "bound_error", all at once at 95%.
 
-    A fifth of the 5% is for the mean over draws (empirical Bernstein, Maurer & Pontil 2009).
+    Of each bound's part of the 5% a fifth is for the mean over draws (empirical Bernstein, Maurer
+    & Pontil 2009).
     """
     delta = 0.05 / max(1, len(rows) * len(MAX_LOSS))
     for row in rows:
         draws = row["settings"]["draws"]
         log_term = math.log(2 / (0.2 * delta))
         for loss, largest in MAX_LOSS.items():
+            # the training loss is known from some sampled networks, each on 100 samples
             upper = row[loss] + row[f"{loss}_std"] * math.sqrt(2 * log_term / draws)
             upper += 7 * largest * log_term / (3 * (draws - 1))
-            row[f"bound_{loss}"] = pac_bayes_bound(
-                min(upper, largest), row["divergence"], row["bound_n"], max_loss=largest,
-                delta=0.8 * delta)
+            upper = min(upper, largest)
+            row[f"bound_{loss}"] = pac_bayes_bound(upper, row["divergence"], row["bound_n"],
+                                                   max_loss=largest, delta=0.8 * delta)
     return rows
 
 
-def margins(rows):
-    """Certificate minus test loss, for either loss: the least."""
-    return min(row[f"bound_{loss}"] - row[f"test_{loss}"] for row in rows for loss in MAX_LOSS)
+def least_margin(rows):
+    """Certificate minus test loss, the least of all rows and either loss."""
+    margins = []
+    for loss in MAX_LOSS:
+        margins += [row[f"bound_{loss}"] - row[f"test_{loss}"] for row in rows]
+    return min(margins)
 
 
 def lowest_bound(rows, loss):
@@ -157,27 +163,27 @@ def lowest_bound(rows, loss):
 def claims(rows):
     """rows: of complete seeds, with certificates."""
     table = [check("no certificate is below the test loss (shown: least difference)", "yes",
-                   {"": per_seed(margins, rows)}, (0, math.inf))]
-    for seen in sorted({row["seen"] for row in rows}):
+                   {"": per_seed(least_margin, rows)}, (0, math.inf))]
+    for (seen,), own in group_by(rows, "seen").items():
         prior = f"trained on {seen:.0%} of the samples" if seen else "as initialised"
         for loss, chance in CHANCE.items():
-            lowest = per_seed(partial(lowest_bound, loss=loss), ok_rows(rows, seen=seen))
-            table.append(check(f"{loss.replace('_', '-')}, prior {prior}: the certificate is below "
-                               f"chance, {chance:.3g}", "–", {"": lowest}, (0, chance), "{:.3g}"))
+            name = loss.replace("_", "-")
+            lowest = per_seed(partial(lowest_bound, loss=loss), own)
+            table.append(check(f"{name}, prior {prior}: the certificate is below chance, "
+                               f"{chance:.3g}", "–", {"": lowest}, (0, chance), "{:.3g}"))
     return table
 
 
-def cell_table(rows, cells):
+def loss_table(rows):
     """Either loss on the bound's samples, its certificate and the test loss; means over seeds."""
     table = []
-    for cell in cells:
-        found = ok_rows(rows, **cell)
-        for loss in MAX_LOSS if found else ():
-            line = {"loss": loss, "prior has seen": cell["seen"], "β": cell["beta"]}
-            line["KL, nats"] = fmt([row["divergence"] for row in found], "{:.0f}")
+    for (seen, beta), own in group_by(rows, "seen", "beta").items():
+        for loss in MAX_LOSS:
+            line = {"loss": loss, "prior has seen": seen, "β": beta}
+            line["KL, nats"] = fmt([row["divergence"] for row in own], "{:.0f}")
             for name, key in (("training", loss), ("certificate", f"bound_{loss}"),
                               ("test", f"test_{loss}")):
-                line[name] = fmt([row[key] for row in found], "{:.3f}")
+                line[name] = fmt([row[key] for row in own], "{:.3f}")
             table.append(line)
     return table
 
@@ -187,7 +193,9 @@ def loss_panel(ax, rows, cells, loss):
     for key, marker, name in ((loss, "s", "training, sampled networks"),
                               (f"test_{loss}", "o", "test, sampled networks"),
                               (f"bound_{loss}", "v", "certificate")):
-        points = [(i, row[key]) for i, cell in enumerate(cells) for row in ok_rows(rows, **cell)]
+        points = []
+        for place, cell in enumerate(cells):
+            points += [(place, row[key]) for row in ok_rows(rows, **cell)]
         ax.plot(*np.transpose(points), marker, label=name)
     ax.axhline(CHANCE[loss], color="0.5", ls=":", label="chance")
     names = [f"seen {cell['seen']:.0%}\nβ = {cell['beta']:g}" for cell in cells]
@@ -205,7 +213,7 @@ def main():
     panels = [partial(loss_panel, rows=rows, cells=cells, loss=loss) for loss in MAX_LOSS]
     save_panels(panels, f"PAC-Bayes certificates, {args.dataset}, scale {args.scale}", args)
     complete = complete_seeds(rows, cells)
-    save_tables(args, claims=claims(complete) if complete else [], cells=cell_table(rows, cells))
+    save_tables(args, claims=claims(complete) if complete else [], cells=loss_table(rows))
 
 
 if __name__ == "__main__":

@@ -122,15 +122,16 @@ def by_beta(rows):
     for row in rows:
         # older rows say in these names how they were measured
         kind = next(key for key in row if key.startswith("train_acc"))[len("train_acc"):]
-        values = zip(row["betas"], row["train_acc" + kind], row["cross_entropy" + kind],
-                     row["nats"])
-        for beta, accuracy, cross_entropy, nats in values:
-            saved = math.log(10) - cross_entropy
-            points.append({"status": "ok", "n": row["n"], "seed": row["seed"], "beta": beta,
-                           "start": row["start"], "train_acc": accuracy,
-                           "objective": cross_entropy + beta * nats,
-                           # of chance, r would be a ratio of two small numbers
-                           "r": saved / nats if accuracy > 0.55 else 0.0})
+        accuracies, cross_entropies = row["train_acc" + kind], row["cross_entropy" + kind]
+        for i, beta in enumerate(row["betas"]):
+            accuracy, cross_entropy, nats = accuracies[i], cross_entropies[i], row["nats"][i]
+            point = {key: row[key] for key in ("status", "n", "seed", "start")}
+            point["beta"] = beta
+            point["train_acc"] = accuracy
+            point["objective"] = cross_entropy + beta * nats
+            # of chance, r would be a ratio of two small numbers
+            point["r"] = (math.log(10) - cross_entropy) / nats if accuracy > 0.55 else 0.0
+            points.append(point)
     return points
 
 
@@ -145,9 +146,11 @@ def edges(rows):
     The lower edge is 0 if the net at chance learns at no beta measured, the upper edge the largest
     of them if none ends memorisation.
     """
-    memorised, chance = (ok_rows(by_beta(rows), start=start) for start in STARTS)
+    points = by_beta(rows)
+    memorised, chance = ok_rows(points, start="memorised"), ok_rows(points, start="chance")
     upper = crossing(summarise(memorised, "beta", "train_acc"), 0.55)
     lower = crossing(summarise(chance, "beta", "train_acc"), 0.55)
+    # crossing gives nan for an edge that is beyond all beta measured
     if max(point["train_acc"] for point in chance) < 0.55:
         lower = 0.0
     if min(point["train_acc"] for point in memorised) >= 0.55:
@@ -156,8 +159,11 @@ def edges(rows):
 
 
 def make_cells(grid, **where):
-    cells = [{"n": n, "start": start, "steps": steps} for n in grid["sizes"]
-             for steps in grid["steps"] for start in STARTS]
+    """The cells of a grid that have these values."""
+    cells = []
+    for n in grid["sizes"]:
+        for steps in grid["steps"]:
+            cells += [{"n": n, "start": start, "steps": steps} for start in STARTS]
     return [cell for cell in cells if where.items() <= cell.items()]
 
 
@@ -235,9 +241,12 @@ def branch_panel(ax, rows, n, key, label):
 
 def edge_panel(ax, found, n):
     """The edges against the steps per beta; one below all beta measured is left out."""
-    for name, column, marker in zip(EDGES, range(3), ("<:", "o-", ">--")):
-        points = [{"status": "ok", "steps": steps, "edge": value}
-                  for steps, values in found.items() for value in values[:, column] if value]
+    for column, (name, marker) in enumerate(zip(EDGES, ("<:", "o-", ">--"))):
+        points = []
+        for steps, values in found.items():
+            for value in values[:, column]:
+                if value:
+                    points.append({"status": "ok", "steps": steps, "edge": value})
         plot_points(ax, summarise(points, "steps", "edge"), marker, color="k", label=name)
     ax.axhline(1, color="k", ls="--", lw=1)
     ax.set(xscale="log", xlabel="steps per β", ylabel="β", ylim=(0, 1.3),
@@ -250,10 +259,9 @@ def plot(rows, grid, args):
     for n in grid["sizes"]:
         own, found = ok_rows(rows, n=n), edges_by_steps(rows, grid, n)
         if own:
-            panels.append(partial(branch_panel, rows=own, n=n, key="train_acc",
-                                  label="train accuracy"))
-            panels.append(partial(branch_panel, rows=own, n=n, key="objective",
-                                  label="objective, nats per sample"))
+            for key, label in (("train_acc", "train accuracy"),
+                               ("objective", "objective, nats per sample")):
+                panels.append(partial(branch_panel, rows=own, n=n, key=key, label=label))
         if found:
             panels.append(partial(edge_panel, found=found, n=n))
     save_panels(panels, f"Hysteresis, {args.dataset}, scale {args.scale}", args)

@@ -285,10 +285,16 @@ def lowest_objective(rows, chance):
     return min(row["objective"] for row in rows) - chance
 
 
+def largest_counted_r(rows):
+    return max(row["r"] for row in rows)
+
+
 def by_model(rows, function):
     """{kernel and N: function of each seed's rows}."""
-    return {f"{KERNELS[kernel]}, N = {n}": per_seed(function, own)
-            for (kernel, n), own in group_by(rows, "kernel", "n").items()}
+    values = {}
+    for (kernel, n), own in group_by(rows, "kernel", "n").items():
+        values[f"{KERNELS[kernel]}, N = {n}"] = per_seed(function, own)
+    return values
 
 
 def claims(proper, log_uniform):
@@ -298,7 +304,7 @@ def claims(proper, log_uniform):
     excess = by_model(beyond, partial(lowest_objective, chance=math.log(2)))
     excess_at_two = per_seed(partial(lowest_objective, chance=math.log(10)),
                              ok_rows(log_uniform, beta=2.0))
-    r_counted = per_seed(lambda own: max(row["r"] for row in own), log_uniform)
+    r_counted = per_seed(largest_counted_r, log_uniform)
     return [
         check("proper prior: the largest β at which memorising pays is 1 ± 0.05", "1", table,
               (0.95, 1.05)),
@@ -386,12 +392,14 @@ def make_cells(scale):
     for n, betas in grid["proper"].items():
         for kernel in KERNELS:
             # per sample, a look-up table is the same for every N
-            if kernel != "table" or n == 100 or scale == "demo":
-                cells += [{"prior": "proper", "kernel": kernel, "n": n, "beta": beta}
-                          for beta in betas]
+            if kernel == "table" and n != 100 and scale != "demo":
+                continue
+            for beta in betas:
+                cells.append({"prior": "proper", "kernel": kernel, "n": n, "beta": beta})
     for features in grid["features"]:
-        cells += [{"prior": "log-uniform", "features": features, "n": grid["n"], "beta": beta}
-                  for beta in grid["betas"]]
+        for beta in grid["betas"]:
+            cells.append({"prior": "log-uniform", "features": features, "n": grid["n"],
+                          "beta": beta})
     return sorted(cells, key=cost)
 
 

@@ -48,7 +48,7 @@ def train_cell(cell, device, args, progress):
     s, beta = SETTINGS[args.scale], cell["beta"]
     x, y, model = random_labels(cell, s["width"], device, load_data(args))
     for layer in model.modules():
-        if hasattr(layer, "log_sigma2"):
+        if hasattr(layer, "log_sigma2"):  # the net is Fig. 1's, with another noise
             layer.noise, layer.max_log_alpha = "lognormal", cell["cap"]
 
     def beta_at(t):
@@ -95,7 +95,7 @@ def claims(rows, grid):
 def accuracy_panel(ax, rows):
     for (cap,), own in group_by(rows, "cap").items():
         plot_points(ax, summarise(own, "beta", "train_acc"), label=f"log α at most {cap:g}")
-    ax.axvline(1, color="k", ls="--", lw=1)
+    ax.axvline(1, color="k", ls="--", lw=1)  # where the paper's Fig. 1 has it
     ax.set(xscale="log", xlabel="β", ylabel="train accuracy", title="the transition")
     ax.legend()
 
@@ -107,7 +107,7 @@ def nats_panel(ax, rows):
         ax.plot([row["nats"] for row in own], saved, "o", ms=4, label=f"log α at most {cap:g}")
     nats = np.geomspace(0.01, 100)
     ax.plot(nats, np.minimum(nats, math.log(10)), "k--", lw=1, label="as many as are counted")
-    ax.set_xscale("symlog", linthresh=0.01)
+    ax.set_xscale("symlog", linthresh=0.01)  # all weights at the cap: zero nats
     ax.set(xlabel="I(w;D)/N, nats per sample", ylabel="log 10 − cross-entropy, nats per sample",
            title="what is counted, and what is memorised")
     ax.legend()
@@ -126,8 +126,9 @@ COLUMNS = {"train": "train_acc", "cross-entropy": "cross_entropy", "I/N": "nats"
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
     grid = GRID[args.scale]
-    cells = [{"n": grid["n"], "cap": cap, "beta": beta} for cap in grid["caps"]
-             for beta in grid["betas"]]
+    cells = []
+    for cap in grid["caps"]:
+        cells += [{"n": grid["n"], "cap": cap, "beta": beta} for beta in grid["betas"]]
     rows = run_grid(cells, train_cell, args, SETTINGS[args.scale], load_data)
     rows = ok_rows(rows)
     plot(rows, grid, args)

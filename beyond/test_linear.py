@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import fig1_phase_transition as fig1
 from beyond import certificates, hysteresis, linear, log_normal, proper_prior
-from common import StochasticLinear, pac_bayes_bound
+from common import StochasticLinear, gaussian_kl, pac_bayes_bound
 
 torch.set_num_threads(1)
 ANNEALING = dict(chains=20, temperatures=48, leaps=4, leap=0.25)
@@ -184,6 +184,19 @@ def test_mixture_kl_of_one_component_is_that_of_two_gaussians():
     assert torch.equal(shares, torch.ones(1, 5))
 
 
+def test_mixture_kl_is_the_least_over_shares():
+    odds, log_s2 = torch.tensor([2.0, 0.5, 0.0]), torch.tensor([-6.0, -2.0, 1.0])
+    square, log_sigma2 = torch.tensor([0.2]), torch.tensor([-3.0])
+    components = [proper_prior.mixture_kl(square, log_sigma2, torch.zeros(1), s2[None])[0]
+                  for s2 in log_s2]
+    bound, best = proper_prior.mixture_kl(square, log_sigma2, odds, log_s2)
+    shares = torch.distributions.Dirichlet(torch.ones(3)).sample((1000,))
+    shares = torch.cat([shares, best.T])
+    kl = (shares * (torch.stack(components, 1) + shares.log() - odds.log_softmax(0))).sum(1)
+    assert kl[-1].item() == pytest.approx(bound.item(), abs=1e-5)
+    assert (kl >= bound - 1e-5).all()
+
+
 @pytest.mark.parametrize("mean, sigma", [(0.0, 0.05), (0.1, 0.3), (1.0, 0.01), (0.5, 1.0)])
 def test_mixture_kl_bounds_the_kl_of_samples(mean, sigma):
     torch.manual_seed(0)
@@ -215,7 +228,8 @@ def test_mixture_finds_the_scales_of_the_weights():
     for _ in range(500):
         last = mixture(layer).item()
     assert last < first
-    (_, log_s2), = mixture.parameters.values()
+    (log_odds, log_s2), = mixture.parameters.values()
+    assert log_odds[2] == 0  # two odds are paid
     assert (log_s2 + 12).abs().min() < 0.6 and (log_s2 + 1).abs().min() < 0.6
 
 
@@ -229,6 +243,14 @@ def test_mixture_pays_for_five_parameters_per_layer():
 def test_mixture_uses_parameters_on_their_grid():
     parameters = torch.tensor([-99.0, -1.26, 0.2, 99.0])
     assert proper_prior.on_grid(parameters, -16).tolist() == [-16.0, -1.5, 0.0, 15.5]
+
+
+def test_log_uniform_count_is_that_of_a_density_over_a_factor_of_50():
+    alpha = 1e-6  # log w of the posterior is then Gaussian, of variance alpha
+    log_volume = math.log(2 * math.log(50))  # both signs
+    entropy = 0.5 * math.log(2 * math.pi * math.e * alpha)
+    counted = gaussian_kl(torch.tensor(alpha).log()).item()
+    assert counted == pytest.approx(log_volume - entropy, abs=0.01)
 
 
 @pytest.mark.parametrize("survivors", [0, 1, 30, 500])
