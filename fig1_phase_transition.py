@@ -25,14 +25,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (beta_at, cell_table, check, corrupt_labels, draw_subset, evaluate, group_by,
-                    load_images, lr_factor, minibatches, normalise, ok_rows, param_groups,
+from common import (beta_at, cell_table, check, corrupt_labels, crossing, draw_subset, evaluate,
+                    group_by, load_images, lr_factor, minibatches, normalise, ok_rows, param_groups,
                     parse_args, per_seed, plot_points, run_grid, save_panels, save_tables,
                     summarise, to_stochastic, weight_information, with_information)
 
 # How a cell is trained, stored in its row. It takes steps * max(1, N/300)^growth[labels]: a net
-# needs more epochs to memorise many random labels than to learn real ones.
-SHARED = dict(hold=0.6, draws=8)
+# needs more epochs to memorise many random labels than to learn real ones. peak: a value that
+# beta passes on the way to its own, after which the weights hold less information.
+SHARED = dict(
+    hold=0.6,  # until then the rates are held, as the noise has to follow a beta that moves
+    draws=8,  # sampled networks that are measured
+)
 SETTINGS = {
     "demo": dict(width=1 / 8, steps=1500, batch=50, lr=0.012, lr_noise=0.16, peak=0.5,
                  growth={"random": 0.6, "real": 0.3}, synthetic=(1000, 1000), test=1000, **SHARED),
@@ -45,21 +49,20 @@ SETTINGS = {
 }
 SIZES, LARGE = (100, 300, 1000, 3000), (10_000, 30_000, 50_000)
 RANDOM = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 2.0)
-REAL = (0.1, 0.3, 0.5, 0.9, 1.2, 2.0, 4.0, 10.0)
-REAL_LARGE = (0.1, 0.5, 1.2, 4.0, 10.0, 20.0, 40.0, 80.0, 150.0)
-GRID = {  # {labels: {N: beta}}; longer: cells trained for twice the steps too, seed 0
+REAL = dict.fromkeys(SIZES, (0.1, 0.3, 0.5, 0.9, 1.2, 2.0, 4.0, 10.0))
+REAL |= dict.fromkeys(LARGE, (0.1, 0.5, 1.2, 4.0, 10.0, 20.0, 40.0, 80.0, 150.0))
+GRID = {  # {labels: {N: beta}}
     "demo": {"random": {100: (0.1, 0.3, 0.5, 0.8, 1.2)}, "real": {1000: (0.1, 1.0, 10.0)},
              "longer": []},
     "cpu": {"random": dict.fromkeys(SIZES, RANDOM) | {10_000: (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.1)},
-            "real": dict.fromkeys(SIZES, REAL) | dict.fromkeys(LARGE, REAL_LARGE),
+            "real": REAL,
+            # trained for twice the steps too, on seed 0: would more training change the result?
             "longer": [("random", 10_000, 0.7), ("real", 10_000, 4.0), ("real", 30_000, 4.0),
                        ("real", 30_000, 40.0), ("real", 50_000, 4.0), ("real", 50_000, 40.0)]},
-    "paper": {"random": dict.fromkeys(SIZES + LARGE, RANDOM),
-              "real": dict.fromkeys(SIZES, REAL) | dict.fromkeys(LARGE, REAL_LARGE),
-              "longer": []},
+    "paper": {"random": dict.fromkeys(SIZES + LARGE, RANDOM), "real": REAL, "longer": []},
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
-SEEDS_LARGE = {"random": [0], "real": [0, 1]}  # of the cells at scale cpu with N >= 10,000
+SEEDS_LARGE = {"random": [0], "real": [0, 1]}  # of the cells at scale cpu with N >= 10,000: hours
 REAL_DATA = ["cifar10", "mnist", "synthetic"]
 DATASETS = {"demo": ["synthetic", "cifar10", "mnist"], "cpu": REAL_DATA, "paper": REAL_DATA}
 
@@ -100,7 +103,7 @@ def load_data(args):
 def train_cell(cell, device, args, progress, information=weight_information, **changes):
     """Train and measure one net. information: the penalty, nats; changes: other settings."""
     s, n, beta = SETTINGS[args.scale] | changes, cell["n"], cell["beta"]
-    torch.manual_seed(cell["seed"])
+    torch.manual_seed(cell["seed"])  # of the net and its noise; generator: of data and labels
     generator = torch.Generator().manual_seed(cell["seed"])
     x, y, x_test, y_test, mean, std = load_data(args)
     x, y = draw_subset(x, y, n, generator)
@@ -112,7 +115,7 @@ def train_cell(cell, device, args, progress, information=weight_information, **c
 
     model = to_stochastic(small_alexnet(s["width"], x.shape[1]))
     model.to(device, memory_format=torch.channels_last)  # faster on a CPU
-    forward = with_information(model, x[:s["batch"]], information)
+    forward = with_information(model, x[:s["batch"]], information)  # on a GPU a CUDA graph
     optimizer = torch.optim.Adam(param_groups(model, s["lr"], s["lr_noise"]), fused=True)
     steps = s["steps"] * max(1, n / 300) ** s["growth"][cell["labels"]]
     steps = round(steps * cell.get("steps_factor", 1))
@@ -129,7 +132,7 @@ def train_cell(cell, device, args, progress, information=weight_information, **c
         optimizer.step()
         scheduler.step()
         if step % 100 == 0 or step == steps - 1:
-            progress(step, steps, loss.item())
+            progress(step, steps, loss.item())  # ends the cell if it is not finite
 
     measured = evaluate(model, x, y, x_test, y_test, s["draws"])
     nats = information(model).item()
@@ -137,27 +140,32 @@ def train_cell(cell, device, args, progress, information=weight_information, **c
     return {"steps": steps, "objective": objective, "information": nats} | measured
 
 
-# The paper's, digitised: beta where train accuracy on random labels falls through 55%, and its
-# line at a constant beta/N on real labels.
+# The paper's, digitised: the beta at which train accuracy on random labels falls through 55%, by
+# N, and the log10 beta/N of its line on real labels.
 PAPER_CROSSING = {100: 1.3, 300: 0.49, 1000: 0.63, 3000: 0.74, 10_000: 0.60, 30_000: 0.33,
                   48_000: 0.29}
 PAPER_LINE = -2.8
 FITS = (0.3, 0.4, 0.5)  # train accuracies on real labels at which nets of different N compare
 
 
-def at_accuracy(rows, level, key="beta"):
-    """The value of key where train accuracy falls through level as beta grows.
+# What follows from the rows of one N
 
-    Between two beta, the logarithm of the value is linear in accuracy. nan if it does not fall so
-    far in these rows.
-    """
-    accuracy = [mean for _, mean, *_ in summarise(rows, "beta", "train_acc")]
-    value = [math.log(mean) for _, mean, *_ in summarise(rows, "beta", key)]
-    for i in range(len(value) - 1):
-        if accuracy[i] >= level > accuracy[i + 1]:
-            share = (accuracy[i] - level) / (accuracy[i] - accuracy[i + 1])
-            return math.exp(value[i] + share * (value[i + 1] - value[i]))
-    return math.nan
+def mean_of(rows, key):
+    return np.mean([row[key] for row in rows])
+
+
+def overfitting(rows):
+    """Train minus test accuracy, both of sampled networks."""
+    return mean_of(rows, "train_acc") - mean_of(rows, "test_acc_sampled")
+
+
+def at_accuracy(rows, level, key="beta"):
+    """The value of key where train accuracy falls through level as beta grows, or nan."""
+    accuracies = summarise(rows, "beta", "train_acc")
+    values = summarise(rows, "beta", key)
+    points = [(value[1], accuracy[1]) for value, accuracy in zip(values, accuracies)]
+    # linear in the logarithm of the value: while accuracy falls, beta and nats span decades
+    return crossing(points, level)
 
 
 def fall_factor(rows):
@@ -165,59 +173,51 @@ def fall_factor(rows):
     return at_accuracy(rows, 0.2) / at_accuracy(rows, 0.8)
 
 
-def information_at_beta(rows, beta=0.1):
-    """Nats at this beta."""
-    own = ok_rows(rows, beta=beta)
-    return own[0]["information"] if own else math.nan
-
-
-def exponent(rows, information):
-    """k of a fit I ~ N^k to information(rows of one N), of one seed; nan for fewer than two N."""
-    sizes, nats = [], []
-    for (n,), own in group_by(rows, "n").items():
-        if math.isfinite(information(own)):
-            sizes.append(n)
-            nats.append(information(own))
-    return np.polyfit(np.log(sizes), np.log(nats), 1)[0] if len(sizes) > 1 else math.nan
-
-
-def exponents(rows, information):
-    """{"": exponent of each seed that has one}."""
-    values = per_seed(partial(exponent, information=information), rows)
-    return {"": values[np.isfinite(values)]}
-
-
 def log_line(rows, level=0.4):
     """log10 beta/N where train accuracy falls through level."""
     return math.log10(at_accuracy(rows, level) / rows[0]["n"])
 
 
-def first_train_acc(rows):
-    return rows[0]["train_acc"]
+# The same over N; options: of the function
 
-
-def mean_test_acc(rows):
-    return np.mean([row["test_acc"] for row in rows])
-
-
-def overfitting(rows):
-    """Train minus test accuracy, both of one sampled network."""
-    return rows[0]["train_acc"] - rows[0]["test_acc_sampled"]
-
-
-def best_beta(rows):
-    """The beta of the best test accuracy, the mean over seeds."""
-    curve = summarise(rows, "beta", "test_acc")
-    return max(curve, key=itemgetter(1))[0]
-
-
-def by_size(rows, function, n_from=0):
-    """{"N = 100": function of each seed's rows, ...}, for N from n_from on."""
+def by_size(rows, function, **options):
+    """{"N = 100": function(rows of one seed) of every seed, ...}, as claims need it."""
     values = {}
     for (n,), own in group_by(rows, "n").items():
-        if n >= n_from:
-            values[f"N = {n:,}"] = per_seed(function, own)
+        values[f"N = {n:,}"] = per_seed(partial(function, **options), own)
     return values
+
+
+def curve_over_n(rows, function, **options):
+    """{N: function(rows of this N)}, without the N where it is nan."""
+    curve = {}
+    for (n,), own in group_by(rows, "n").items():
+        value = function(own, **options)
+        if math.isfinite(value):
+            curve[n] = value
+    return curve
+
+
+def best_betas(rows):
+    """{"N = 100": [the beta of the best test accuracy, the mean over seeds], ...}."""
+    best = {}
+    for (n,), own in group_by(rows, "n").items():
+        curve = summarise(own, "beta", "test_acc")
+        if len(curve) > 4:  # of fewer beta, the best says little
+            beta, *_ = max(curve, key=itemgetter(1))
+            best[f"N = {n:,}"] = [beta]
+    return best
+
+
+def exponents(rows, function, **options):
+    """k of a fit function(rows of one N) ~ N^k, of each seed that has two N or more."""
+    slopes = []
+    for own in group_by(rows, "seed").values():
+        curve = curve_over_n(own, function, **options)
+        if len(curve) > 1:
+            slope, _ = np.polyfit(np.log(list(curve)), np.log(list(curve.values())), 1)
+            slopes.append(slope)
+    return slopes
 
 
 def accuracy_map(ax, rows, key, title):
@@ -225,46 +225,40 @@ def accuracy_map(ax, rows, key, title):
     from matplotlib.tri import Triangulation
     cells = group_by(rows, "n", "beta")
     x, y = np.log10([[n, beta / n] for n, beta in cells]).T
-    value = [np.mean([row[key] for row in own]) for own in cells.values()]
-    # the triangles are those of N and beta, in which the cells are a grid
+    accuracies = [mean_of(own, key) for own in cells.values()]
+    # Triangles of neighbouring cells in log N and log beta, where the cells are a grid: in the
+    # sheared axes of this panel, those of different beta would be joined.
     triangles = Triangulation(x, x + y).triangles
-    colours = ax.tricontourf(Triangulation(x, y, triangles), value, np.linspace(0.12, 0.98, 44),
-                             cmap="coolwarm", extend="both")
+    colours = ax.tricontourf(Triangulation(x, y, triangles), accuracies,
+                             np.linspace(0.12, 0.98, 44), cmap="coolwarm", extend="both")
     ax.figure.colorbar(colours, ax=ax, ticks=[0.2, 0.4, 0.6, 0.8])
     ax.plot(x, y, "k.", ms=2)
     draw_line(ax, {n: 1 for n, _ in cells}, "β = 1", "k", ls="--", lw=1)
-    ax.set(xlabel="log₁₀ N", ylabel="log₁₀(β/N)", title=title)
-    ax.invert_yaxis()
+    ax.set(xlabel="log₁₀ N (dots: cells)", ylabel="log₁₀(β/N)", title=title)
+    ax.invert_yaxis()  # small beta, where labels are memorised, at the top
+    ax.autoscale(False)  # the paper's line goes on to larger N than there may be here
 
 
-def draw_line(ax, beta_by_size, name, colour, named_at=-1, **style):
+def draw_line(ax, beta_by_n, name, colour, named_at=-1, **style):
     """A line over the map through {N: beta}, with its name at one of the points."""
-    points = {n: beta for n, beta in beta_by_size.items() if math.isfinite(beta)}
-    if points:
-        x, y = np.log10([[n, beta / n] for n, beta in points.items()]).T
+    if beta_by_n:
+        x, y = np.log10([[n, beta / n] for n, beta in beta_by_n.items()]).T
         ax.plot(x, y, color=colour, **style)
-        at = min(named_at, len(x) - 1)
-        ax.annotate(name, (x[at], y[at]), xytext=(3, 3), textcoords="offset points", color=colour)
-
-
-def crossings(rows, level):
-    """{N: beta where the mean train accuracy falls through level}."""
-    return {n: at_accuracy(own, level) for (n,), own in group_by(rows, "n").items()}
+        ax.annotate(name, (x[named_at], y[named_at]), xytext=(3, 3), textcoords="offset points",
+                    color=colour)
 
 
 def random_map(ax, rows):
     accuracy_map(ax, rows, "train_acc", "train accuracy, random labels")
-    largest = max(row["n"] for row in rows)
-    paper = {n: beta for n, beta in PAPER_CROSSING.items() if n <= largest}
-    draw_line(ax, paper, "55%, paper", "0.3", named_at=1, lw=2)
-    draw_line(ax, crossings(rows, 0.55), "55%, here", "k", lw=2)
+    draw_line(ax, PAPER_CROSSING, "55%, paper", "0.3", named_at=1, lw=2)
+    draw_line(ax, curve_over_n(rows, at_accuracy, level=0.55), "55%, here", "k", lw=2)
 
 
 def real_map(ax, rows):
     accuracy_map(ax, rows, "train_acc", "train accuracy, real labels")
     for level in FITS:
-        draw_line(ax, crossings(rows, level), f"{level:.0%}", "k", lw=1)
-    paper = {n: n * 10**PAPER_LINE for n in crossings(rows, 0.4)}
+        draw_line(ax, curve_over_n(rows, at_accuracy, level=level), f"{level:.0%}", "k", lw=1)
+    paper = {n: n * 10**PAPER_LINE for (n,) in group_by(rows, "n")}
     draw_line(ax, paper, "paper", "0.3", named_at=0, lw=2)
 
 
@@ -281,22 +275,22 @@ def accuracy_panel(ax, rows, key, title):
 
 
 def information_panel(ax, random, real):
-    """Information in the weights against N: all memorised (β = 0.1), and at equal fit."""
-    draw_information(ax, random, information_at_beta, "C3o-", "random labels, β = 0.1")
-    draw_information(ax, real, information_at_beta, "C0o-", "real labels, β = 0.1")
+    """Information in the weights against N: where all is memorised (β = 0.1), and at equal fit."""
+    draw_information(ax, ok_rows(random, beta=0.1), "C3o-", "random labels, β = 0.1", mean_of)
+    draw_information(ax, ok_rows(real, beta=0.1), "C0o-", "real labels, β = 0.1", mean_of)
     for level, marker in zip(FITS, "vs^"):
-        at_fit = partial(at_accuracy, level=level, key="information")
-        draw_information(ax, real, at_fit, f"C0{marker}:", f"real labels, {level:.0%} fitted")
+        draw_information(ax, real, f"C0{marker}:", f"real labels, {level:.0%} fitted",
+                         at_accuracy, level=level)
     ax.set(xscale="log", yscale="log", xlabel="N", ylabel="I(w;D), nats",
            title="information in the weights")
     ax.legend()
 
 
-def draw_information(ax, rows, information, style, label):
+def draw_information(ax, rows, style, label, function, **options):
     points = []
-    for (n, _), own in group_by(rows, "n", "seed").items():
-        if math.isfinite(information(own)):
-            points.append({"status": "ok", "n": n, "nats": information(own)})
+    for own in group_by(rows, "seed").values():
+        for n, nats in curve_over_n(own, function, key="information", **options).items():
+            points.append({"status": "ok", "n": n, "nats": nats})
     plot_points(ax, summarise(points, "n", "nats"), style, label=label)
 
 
@@ -322,51 +316,47 @@ def plot(random, real, args):
     if real:
         panels.append(partial(accuracy_panel, rows=real, key="test_acc",
                               title="test accuracy, real labels"))
-    dots = "; dots on maps: cells" if is_grid(random) or is_grid(real) else ""
-    save_panels(panels, f"Fig. 1: Small AlexNet, {args.dataset}, scale {args.scale}{dots}", args)
+    save_panels(panels, f"Fig. 1: Small AlexNet, {args.dataset}, scale {args.scale}", args)
 
 
 def claims(random, real):
     """The paper's claims, the six main ones first; thresholds were set before the grid was run."""
-    edge = by_size(random, partial(at_accuracy, level=0.55))
+    random_01, random_12 = ok_rows(random, beta=0.1), ok_rows(random, beta=1.2)
+    from_1000 = [row for row in real if row["n"] >= 1000]
+    from_3000 = [row for row in real if row["n"] >= 3000]
+    at_equal_fit = partial(exponents, from_1000, at_accuracy, key="information")
+    edge = by_size(random, at_accuracy, level=0.55)
     edges = [values.mean() for values in edge.values() if np.isfinite(values).all()]
     spread = [max(edges) / min(edges)] if len(edges) > 1 else []
-    from_1000 = [row for row in real if row["n"] >= 1000]
-    fit_40, fit_50 = (
-        exponents(from_1000, partial(at_accuracy, level=level, key="information"))
-        for level in (0.4, 0.5))
-    real_12, real_4 = ok_rows(real, beta=1.2), ok_rows(real, beta=4.0)
-    best = {f"N = {n:,}": [best_beta(own)] for (n,), own in group_by(real, "n").items()
-            if len(group_by(own, "beta")) > 4}
     return [
         check("random labels, β = 0.1: memorised (train accuracy at least 90%)", "yes",
-              by_size(ok_rows(random, beta=0.1), first_train_acc), (0.9, 1)),
+              by_size(random_01, mean_of, key="train_acc"), (0.9, 1)),
         check("random labels, β = 1.2: not learned (train accuracy at most 20%)", "yes",
-              by_size(ok_rows(random, beta=1.2), first_train_acc), (0, 0.2)),
+              by_size(random_12, mean_of, key="train_acc"), (0, 0.2)),
         check("random labels: through 55% at a β from 0.5 to 1.1",
               "; ".join(f"{beta:g}" for beta in PAPER_CROSSING.values()), edge, (0.5, 1.1)),
         check("real labels, 40% fitted, N from 1,000: information ~ N^k, k below 0.5",
-              "saturates", fit_40, (-math.inf, 0.5)),
+              "saturates", {"": at_equal_fit(level=0.4)}, (-math.inf, 0.5)),
         check("real labels, 40% fitted, N from 3,000: at log₁₀ β/N from −3.1 to −2.5",
-              f"{PAPER_LINE}", by_size(real, log_line, 3000), (-3.1, -2.5)),
+              f"{PAPER_LINE}", by_size(from_3000, log_line), (-3.1, -2.5)),
         check("real labels, β = 1.2: not overfitted (train within 10 points of test)", "yes",
-              by_size(real_12, overfitting), (-math.inf, 0.1)),
+              by_size(ok_rows(real, beta=1.2), overfitting), (-math.inf, 0.1)),
         check("random labels: from 80% to 20% within a factor 2.5 in β", "about 10",
               by_size(random, fall_factor), (1, 2.5)),
         check("random labels: this β changes with N by less than a factor 2", "4.5",
               {"": spread}, (1, 2)),
         check("random labels: test accuracy is chance (5 to 15%)", "yes",
-              by_size(random, mean_test_acc), (0.05, 0.15), "{:.1%}"),
+              by_size(random, mean_of, key="test_acc"), (0.05, 0.15), "{:.1%}"),
         check("random labels, β = 0.1: information ~ N^k, k from 0.9 to 1.1", "1",
-              exponents(random, information_at_beta), (0.9, 1.1)),
+              {"": exponents(random_01, mean_of, key="information")}, (0.9, 1.1)),
         check("real labels, 50% fitted, N from 1,000: information ~ N^k, k below 0.5",
-              "saturates", fit_50, (-math.inf, 0.5)),
+              "saturates", {"": at_equal_fit(level=0.5)}, (-math.inf, 0.5)),
         check("real labels, β = 1.2, N from 1,000: learned (train accuracy over 40%)", "yes",
-              by_size(real_12, first_train_acc, 1000), (0.4, 1)),
-        check("real labels: test accuracy is best at a β from 0.5 to 2", "near 1", best, (0.5, 2),
-              "{:g}"),
+              by_size(ok_rows(from_1000, beta=1.2), mean_of, key="train_acc"), (0.4, 1)),
+        check("real labels: test accuracy is best at a β from 0.5 to 2", "near 1",
+              best_betas(real), (0.5, 2), "{:g}"),
         check("real labels, β = 4, N from 3,000: not overfitted", "yes",
-              by_size(real_4, overfitting, 3000), (-math.inf, 0.1)),
+              by_size(ok_rows(from_3000, beta=4.0), overfitting), (-math.inf, 0.1)),
     ]
 
 
@@ -391,8 +381,8 @@ COLUMNS = {"train": "train_acc", "cross-entropy": "cross_entropy", "I/N": "nats"
 
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
-    rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data)
-    rows = ok_rows(rows)
+    rows = ok_rows(run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale],
+                            load_data))
     for row in rows:
         row["nats"] = row["information"] / row["n"]
     random = ok_rows(rows, labels="random", steps_factor=None)

@@ -38,6 +38,8 @@ def fig1_row(beta, acc, nats=1.0, n=100, seed=0, test_acc=0.1):
 
 FALLING = [fig1_row(0.1, 0.9, 100.0), fig1_row(1.0, 0.5, 10.0), fig1_row(10.0, 0.1, 1.0)]
 BY_N = FALLING + [row | {"n": 1000, "information": 10 * row["information"]} for row in FALLING]
+TESTED = [fig1_row(beta, 0.9, test_acc=beta / 10) for beta in (1.0, 2.0, 3.0, 4.0, 5.0)]
+TESTED += [fig1_row(beta, 0.9, seed=1, test_acc=0.0) for beta in (4.0, 5.0)]
 CORRUPTED = [dict(status="ok", seed=0, kind=kind, corruption=fraction, wrong=wrong, rise=rise,
                   entropy=entropy) for kind, fraction, wrong, rise, entropy in (
     ("uniform", 0.0, 0.0, 0.0, 0.0), ("uniform", 0.1, 0.09, 0.5, 0.25),
@@ -51,17 +53,19 @@ QUANTITIES = {
     "fig1: information at an accuracy": (
         lambda: fig1.at_accuracy(FALLING, 0.7, "information"), 10**1.5),
     "fig1: fall_factor": (lambda: fig1.fall_factor(FALLING), 10**1.5),
-    "fig1: information_at_beta": (lambda: fig1.information_at_beta(FALLING, 0.1), 100),
-    "fig1: information at no beta": (lambda: fig1.information_at_beta(FALLING, 0.3), math.nan),
-    "fig1: exponent": (lambda: fig1.exponent(BY_N, fig1.information_at_beta), 1.0),
-    "fig1: exponent of one N": (lambda: fig1.exponent(FALLING, fig1.information_at_beta),
-                                math.nan),
-    "fig1: exponents": (lambda: fig1.exponents(BY_N, fig1.information_at_beta), {"": [1.0]}),
+    "fig1: mean_of": (lambda: fig1.mean_of(FALLING, "information"), 37),
+    "fig1: curve_over_n": (lambda: list(fig1.curve_over_n(BY_N, fig1.mean_of, key="beta")),
+                           [100, 1000]),
+    "fig1: curve_over_n of nan": (
+        lambda: list(fig1.curve_over_n(BY_N, fig1.at_accuracy, level=0.05)), []),
+    "fig1: exponents": (lambda: fig1.exponents(BY_N, fig1.mean_of, key="information"), [1.0]),
+    "fig1: exponents of one N": (
+        lambda: fig1.exponents(FALLING, fig1.mean_of, key="information"), []),
     "fig1: log_line": (lambda: fig1.log_line(FALLING, 0.3), 0.5 - 2),
     "fig1: overfitting": (lambda: fig1.overfitting(FALLING), 0.05),
-    "fig1: best_beta": (lambda: fig1.best_beta([fig1_row(0.1, 0.9, test_acc=0.5), fig1_row(
-        1.0, 0.9, test_acc=0.7), fig1_row(1.0, 0.9, seed=1, test_acc=0.1)]), 0.1),
-    "fig1: by_size": (lambda: fig1.by_size(BY_N, len, 1000), {"N = 1,000": [3]}),
+    "fig1: best_betas": (lambda: fig1.best_betas(TESTED), {"N = 100": [3.0]}),
+    "fig1: best_betas of few": (lambda: fig1.best_betas(TESTED[:4]), {}),
+    "fig1: by_size": (lambda: fig1.by_size(BY_N, len), {"N = 100": [3], "N = 1,000": [3]}),
     "fig2: transition": (lambda: fig2.transition(FALLING), 10 ** (0.35 / 0.4 - 1)),
     "fig2: steps_of_rise": (lambda: fig2.steps_of_rise(CORRUPTED[:3]), {
         "0 to 0.1:": [0.5], "0.1 to 1:": [1.5]}),
