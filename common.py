@@ -1579,7 +1579,7 @@ def save_panels(panels, title, args, columns=3):
     from matplotlib.figure import Figure  # of no backend, whatever MPLBACKEND says
     rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
                      "axes.titlesize": 10, "legend.fontsize": 7, "axes.formatter.min_exponent": 4})
-    columns = min(columns, len(panels))
+    columns = 2 if len(panels) == 4 else min(columns, len(panels))  # none stands alone
     rows = math.ceil(len(panels) / columns)
     fig = Figure((4.3 * columns, 4.0 * rows + 0.4), layout="constrained")
     fig.suptitle(title)

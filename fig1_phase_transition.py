@@ -210,11 +210,11 @@ def best_betas(rows):
 
 
 def exponents(rows, function, **options):
-    """k of a fit function(rows of one N) ~ N^k, of each seed that has two N or more."""
+    """k of a fit function(rows of one N) ~ N^k, of each seed that has three N or more."""
     slopes = []
     for own in group_by(rows, "seed").values():
         curve = curve_over_n(own, function, **options)
-        if len(curve) > 1:
+        if len(curve) > 2:  # through two points there is always a line
             slope, _ = np.polyfit(np.log(list(curve)), np.log(list(curve.values())), 1)
             slopes.append(slope)
     return slopes
@@ -233,10 +233,10 @@ def accuracy_map(ax, rows, key, title):
                              np.linspace(0.12, 0.98, 44), cmap="coolwarm", extend="both")
     ax.figure.colorbar(colours, ax=ax, ticks=[0.2, 0.4, 0.6, 0.8])
     ax.plot(x, y, "k.", ms=2)
-    draw_line(ax, {n: 1 for n, _ in cells}, "β = 1", "k", ls="--", lw=1)
+    ax.autoscale(False)  # the paper's line goes on to larger N than there may be here
+    draw_line(ax, {n: 1 for n, _ in cells}, "β = 1", "k", named_at=0, ls="--", lw=1)
     ax.set(xlabel="log₁₀ N (dots: cells)", ylabel="log₁₀(β/N)", title=title)
     ax.invert_yaxis()  # small beta, where labels are memorised, at the top
-    ax.autoscale(False)  # the paper's line goes on to larger N than there may be here
 
 
 def draw_line(ax, beta_by_n, name, colour, named_at=-1, **style):
@@ -244,8 +244,9 @@ def draw_line(ax, beta_by_n, name, colour, named_at=-1, **style):
     if beta_by_n:
         x, y = np.log10([[n, beta / n] for n, beta in beta_by_n.items()]).T
         ax.plot(x, y, color=colour, **style)
-        ax.annotate(name, (x[named_at], y[named_at]), xytext=(3, 3), textcoords="offset points",
-                    color=colour)
+        at_right = x[named_at] >= ax.get_xlim()[1]
+        ax.annotate(name, (x[named_at], y[named_at]), xytext=(-3 if at_right else 3, 5),
+                    textcoords="offset points", ha="right" if at_right else "left", color=colour)
 
 
 def random_map(ax, rows):
@@ -278,8 +279,9 @@ def information_panel(ax, random, real):
     """Information in the weights against N: where all is memorised (β = 0.1), and at equal fit."""
     draw_information(ax, ok_rows(random, beta=0.1), "C3o-", "random labels, β = 0.1", mean_of)
     draw_information(ax, ok_rows(real, beta=0.1), "C0o-", "real labels, β = 0.1", mean_of)
+    from_1000 = [row for row in real if row["n"] >= 1000]  # below, all is forgotten in one step
     for level, marker in zip(FITS, "vs^"):
-        draw_information(ax, real, f"C0{marker}:", f"real labels, {level:.0%} fitted",
+        draw_information(ax, from_1000, f"C0{marker}:", f"real labels, {level:.0%} fitted",
                          at_accuracy, level=level)
     ax.set(xscale="log", yscale="log", xlabel="N", ylabel="I(w;D), nats",
            title="information in the weights")
@@ -294,19 +296,25 @@ def draw_information(ax, rows, style, label, function, **options):
     plot_points(ax, summarise(points, "n", "nats"), style, label=label)
 
 
-def is_grid(rows):
-    """Two or more beta at two or more N, as a map needs."""
-    sizes = group_by(rows, "n").values()
-    return sum(len(group_by(own, "beta")) > 1 for own in sizes) > 1
+def whole_curves(rows, grid):
+    """The rows of those N of which every beta of the grid is there; none if it is one N alone.
+
+    A map fills what lies between cells: of a grid in training it would show what nobody measured.
+    """
+    whole = []
+    for (n,), own in group_by(rows, "n").items():
+        if {row["beta"] for row in own}.issuperset(grid.get(n, ())):
+            whole += own
+    return whole if len(group_by(whole, "n")) > 1 else []
 
 
 def plot(random, real, args):
-    panels = []
-    if is_grid(random):
-        panels.append(partial(random_map, rows=random))
-    if is_grid(real):
-        panels.append(partial(real_map, rows=real))
-        panels.append(partial(accuracy_map, rows=real, key="test_acc",
+    panels, grid = [], GRID[args.scale]
+    if whole := whole_curves(random, grid["random"]):
+        panels.append(partial(random_map, rows=whole))
+    if whole := whole_curves(real, grid["real"]):
+        panels.append(partial(real_map, rows=whole))
+        panels.append(partial(accuracy_map, rows=whole, key="test_acc",
                               title="test accuracy, real labels"))
     if random:
         panels.append(partial(accuracy_panel, rows=random, key="train_acc",
