@@ -37,7 +37,8 @@ def fig1_row(beta, acc, nats=1.0, n=100, seed=0, test_acc=0.1):
 
 
 FALLING = [fig1_row(0.1, 0.9, 100.0), fig1_row(1.0, 0.5, 10.0), fig1_row(10.0, 0.1, 1.0)]
-BY_N = FALLING + [row | {"n": 1000, "information": 10 * row["information"]} for row in FALLING]
+BY_N = FALLING + [row | {"n": 100 * factor, "information": factor * row["information"]}
+                  for factor in (10, 100) for row in FALLING]
 TESTED = [fig1_row(beta, 0.9, test_acc=beta / 10) for beta in (1.0, 2.0, 3.0, 4.0, 5.0)]
 TESTED += [fig1_row(beta, 0.9, seed=1, test_acc=0.0) for beta in (4.0, 5.0)]
 CORRUPTED = [dict(status="ok", seed=0, kind=kind, corruption=fraction, wrong=wrong, rise=rise,
@@ -55,17 +56,18 @@ QUANTITIES = {
     "fig1: fall_factor": (lambda: fig1.fall_factor(FALLING), 10**1.5),
     "fig1: mean_of": (lambda: fig1.mean_of(FALLING, "information"), 37),
     "fig1: curve_over_n": (lambda: list(fig1.curve_over_n(BY_N, fig1.mean_of, key="beta")),
-                           [100, 1000]),
+                           [100, 1000, 10_000]),
     "fig1: curve_over_n of nan": (
         lambda: list(fig1.curve_over_n(BY_N, fig1.at_accuracy, level=0.05)), []),
     "fig1: exponents": (lambda: fig1.exponents(BY_N, fig1.mean_of, key="information"), [1.0]),
-    "fig1: exponents of one N": (
-        lambda: fig1.exponents(FALLING, fig1.mean_of, key="information"), []),
+    "fig1: exponents of two N": (
+        lambda: fig1.exponents(BY_N[:6], fig1.mean_of, key="information"), []),
     "fig1: log_line": (lambda: fig1.log_line(FALLING, 0.3), 0.5 - 2),
     "fig1: overfitting": (lambda: fig1.overfitting(FALLING), 0.05),
     "fig1: best_betas": (lambda: fig1.best_betas(TESTED), {"N = 100": [3.0]}),
     "fig1: best_betas of few": (lambda: fig1.best_betas(TESTED[:4]), {}),
-    "fig1: by_size": (lambda: fig1.by_size(BY_N, len), {"N = 100": [3], "N = 1,000": [3]}),
+    "fig1: by_size": (lambda: fig1.by_size(BY_N, len), {
+        "N = 100": [3], "N = 1,000": [3], "N = 10,000": [3]}),
     "fig2: transition": (lambda: fig2.transition(FALLING), 10 ** (0.35 / 0.4 - 1)),
     "fig2: steps_of_rise": (lambda: fig2.steps_of_rise(CORRUPTED[:3]), {
         "0 to 0.1:": [0.5], "0.1 to 1:": [1.5]}),
