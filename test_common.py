@@ -973,7 +973,9 @@ TINY = {  # script: (changes of its demo's settings, of its grid)
     "fig2_corrupted_labels": (
         dict(widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "ResNet": 1 / 8}, steps=5,
              batch=40, draws=2, synthetic=(300, 120), test=100),
-        dict(n_models=100, betas=(0.03, 3.0), beta=0.03, n=100, pair={100: (0.45,)},
+        dict(n_models=100, betas={"Small AlexNet": (0.025, 0.3, 1.0), "All-CNN": (0.025, 1.0),
+                                  "ResNet": (0.025, 1.0)},
+             beta=0.1, n=100, pair={100: (0.45,)},
              uniform={100: (0.0, 0.5, 1.0), 50: (0.0, 1.0)})),
     "fig3_width_beta": (
         dict(n=100, test=20, batch=50, width_steps=6, beta_steps=6, draws=2),
