@@ -37,23 +37,25 @@ from common import (accuracy, beta_at, cell_table, check, complete_seeds, draw_s
 # How a cell is trained, stored in its row. draws: networks sampled and averaged.
 SHARED = dict(draws=20, lr_sgd=0.05, lr=0.024, lr_noise=0.01, hold=0.6)
 SETTINGS = {
-    "demo": dict(n=800, test=1000, batch=50, width_steps=600, beta_steps=500, draws=4,
+    "demo": dict(n=500, test=1000, batch=50, width_steps=400, beta_steps=500, draws=4,
                  lr_sgd=0.05, lr=0.003, lr_noise=0.04, hold=0.8),
     "cpu": dict(n=5000, test=10_000, batch=100, width_steps=1000, beta_steps=8000, **SHARED),
     "paper": dict(n=50_000, test=10_000, batch=100, width_steps=50_000, beta_steps=50_000,
                   **SHARED),
 }
+PAPER_BETAS = tuple(10 ** (k / 2 - 3) for k in range(11))
 DECAYS = (0.001, 0.0)  # that of the All-CNN's authors, and none
 MAIN_CAP = -0.71  # 2 log 0.7
 CAPS = (MAIN_CAP, -2.0, None)
-# The cells: widths and weight decays; beta, at one width, and caps on log alpha.
+# The cells: widths and weight decays; beta, at one width, and caps on log alpha. A demo ends at
+# beta = 1, as a larger penalty leaves too few steps to learn under the noise.
 GRID = {
-    "demo": dict(widths=(1 / 32, 1 / 16, 1 / 8), decays=(0.001,), beta_width=1 / 8,
-                 betas=(0.001, 1.0, 100.0), caps=(MAIN_CAP, None)),
+    "demo": dict(widths=(1 / 64, 1 / 32, 1 / 16), decays=(0.001,), beta_width=1 / 8,
+                 betas=(0.001, 0.05, 1.0), caps=(MAIN_CAP,)),
     "cpu": dict(widths=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2), decays=DECAYS, beta_width=1 / 8,
                 betas=(0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0), caps=CAPS),
     "paper": dict(widths=(1 / 4, 1 / 2, 1, 2, 3), decays=DECAYS, beta_width=1,
-                  betas=tuple(10 ** (k / 2 - 3) for k in range(11)), caps=CAPS),
+                  betas=PAPER_BETAS, caps=CAPS),
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
 DATASETS = {"demo": ["synthetic", "cifar10"], "cpu": ["cifar10", "synthetic"],
@@ -116,6 +118,7 @@ def train_cell(cell, device, args, progress):
                                     weight_decay=cell["weight_decay"])
     else:
         optimizer = torch.optim.Adam(param_groups(model, s["lr"], s["lr_noise"]), fused=True)
+    # weights without noise would hold infinitely many nats: theirs are not counted
     information = no_information if plain else weight_information
     forward = with_information(model, x[:s["batch"]], information)
     # half precision for the wide nets, where it is fast: a CPU with AVX2 alone emulates it
@@ -129,7 +132,7 @@ def train_cell(cell, device, args, progress):
         with bfloat16:
             logits, nats = forward(x[index])
         cross_entropy = F.cross_entropy(logits.float(), y[index])
-        beta_now = beta_at(step / steps, beta, 0)
+        beta_now = beta_at(step / steps, beta, 0)  # no peak, unlike Fig. 1
         loss = cross_entropy + beta_now / s["n"] * nats  # eq. 3, per sample
 
         optimizer.zero_grad()
@@ -184,12 +187,11 @@ def measure(model, x, y, x_test, y_test, draws):
 
 # The paper's Fig. 3, digitised: test error in % against the number of weights, and against beta.
 PAPER_WIDTH = {102_610: 12.75, 406_810: 10.13, 1_620_010: 8.45, 6_465_610: 8.90, 14_536_810: 9.45}
-PAPER_BETAS = tuple(10 ** (k / 2 - 3) for k in range(11))
 PAPER_ERROR = (9.16, 9.10, 8.42, 8.06, 8.24, 8.49, 8.75, 8.93, 9.30, 9.41, 9.64)
+PAPER_STYLE = dict(color="0.6", marker="s", ms=4)
 KINDS = {"": "mean network", "_sampled": "one sampled network", "_average": "average of draws"}
-NO_CAP = math.inf
+NO_CAP = math.inf  # stands for None in tables and curves, so that caps can be sorted
 STYLES = {MAIN_CAP: "C0o-", -2.0: "C1D--", NO_CAP: "C3v:"}  # of curves, by cap
-FEWEST = 1e-3  # nats per sample where a net with fewer is drawn
 
 
 def add_derived(rows):
@@ -208,7 +210,25 @@ def add_derived(rows):
 
 
 def cap_name(cap):
-    return "no cap" if cap == NO_CAP else f"log α ≤ −{-cap:g}"
+    return "no cap" if cap in (None, NO_CAP) else f"log α ≤ −{-cap:g}"
+
+
+def gain_by_doubling(rows):
+    """{width: by how much test error falls to it from half of it, per seed}, up to the paper's."""
+    gains = {}
+    for own in group_by(rows, "seed").values():
+        error = {row["width"]: row["test_error"] for row in own}
+        for width in sorted(error):
+            if width <= 1 and width / 2 in error:
+                gain = error[width / 2] - error[width]
+                gains.setdefault(f"to ×{width:g}:", []).append(gain)
+    return gains
+
+
+def above_best(rows):
+    """Test error of the widest net minus the least, of one seed."""
+    error = {row["width"]: row["test_error"] for row in rows}
+    return error[max(error)] - min(error.values())
 
 
 def best_beta(rows, key="test_error"):
@@ -216,63 +236,47 @@ def best_beta(rows, key="test_error"):
     return min(summarise(rows, "beta", key), key=itemgetter(1))[0]
 
 
-def rise_from_best(rows, key):
-    """{end of the range of beta: its error minus that at the best beta, per seed}.
+def least_error(rows):
+    """Of the mean network over beta."""
+    return min(error for _, error, *_ in summarise(rows, "beta", "test_error"))
 
-    The best beta of a seed is chosen on the other seeds, or its error would be least by luck too.
-    """
-    rises = {}
+
+def rise_from_best(rows, key, beta):
+    """Error at this beta minus that at the best one, a value per seed."""
+    rises = []
     for (seed,), own in group_by(rows, "seed").items():
-        others = [row for row in rows if row["seed"] != seed] or own  # own: there is one seed
+        # the best of a seed is chosen on the others, or its error would be least by luck too
+        others = [row for row in rows if row["seed"] != seed]
+        best = best_beta(others or own, key)
         error = {row["beta"]: row[key] for row in own}
-        best = error[best_beta(others, key)]
-        for beta in (min(error), max(error)):
-            rises.setdefault(f"β = {beta:g}:", []).append(error[beta] - best)
+        rises.append(error[beta] - error[best])
     return rises
-
-
-def largest_spread(values):
-    """The largest sample standard deviation over seeds; 0 for one seed."""
-    return max(np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values.values())
 
 
 def gap_to_converged(rows):
     """By how much, at most, another beta's final state beats the objective of one, of one seed."""
-    return max(row["objective"] - other["cross_entropy"] - row["beta"] * other["nats"]
-               for row in rows for other in rows)
-
-
-def gain_by_doubling(rows):
-    """{width: by how much test error falls to it from half of it, per seed}, up to the paper's."""
-    errors, gains = {}, {}
+    gaps = []
     for row in rows:
-        errors[row["seed"], row["width"]] = row["test_error"]
-    for (seed, width), error in sorted(errors.items()):
-        if width <= 1 and (seed, width / 2) in errors:
-            gains.setdefault(f"to ×{width:g}:", []).append(errors[seed, width / 2] - error)
-    return gains
-
-
-def above_best(rows):
-    """Test error of the widest net minus the least, of one seed."""
-    errors = [error for _, error, *_ in summarise(rows, "width", "test_error")]
-    return errors[-1] - min(errors)
+        # every net's at the beta of this one
+        objectives = [other["cross_entropy"] + row["beta"] * other["nats"] for other in rows]
+        gaps.append(row["objective"] - min(objectives))
+    return max(gaps)
 
 
 def width_panel(ax, rows):
-    ax.plot(*zip(*PAPER_WIDTH.items()), "s-", color="0.6", ms=4, label="paper, test")
+    ax.plot(*zip(*PAPER_WIDTH.items()), label="paper, test", **PAPER_STYLE)
     for (decay,), own in group_by(rows, "weight_decay").items():
         colour = "C0" if decay else "C2"
-        for key, line in (("test_error", "o-"), ("train_error", "o:")):
-            plot_points(ax, summarise(own, "params", key), line, color=colour,
-                        label=f"{key[:-6]}, weight decay {decay:g}")
+        for name, line in (("test", "o-"), ("train", "o:")):
+            plot_points(ax, summarise(own, "params", f"{name}_error"), line, color=colour,
+                        label=f"{name}, weight decay {decay:g}")
     ax.set(xscale="log", xlabel="weights", ylabel="error, %", title="against the number of weights")
     ax.legend()
 
 
 def beta_panel(ax, rows):
     """Test error of the mean network against beta; of sampled ones under the main cap."""
-    ax.plot(PAPER_BETAS, PAPER_ERROR, "s-", color="0.6", ms=4, label="paper")
+    ax.plot(PAPER_BETAS, PAPER_ERROR, label="paper", **PAPER_STYLE)
     for (cap,), own in group_by(rows, "cap").items():
         plot_points(ax, summarise(own, "beta", "test_error"), STYLES[cap], label=cap_name(cap))
     main = ok_rows(rows, cap=MAIN_CAP)
@@ -284,26 +288,24 @@ def beta_panel(ax, rows):
 
 
 def ratio_panel(ax, rows):
-    """The mean network's error over the least of its curve."""
-    ax.plot(PAPER_BETAS, np.divide(PAPER_ERROR, min(PAPER_ERROR)), "s-", color="0.6", ms=4,
-            label="paper")
+    """The mean network's error over the least of its curve: arms, whatever the error is."""
+    ax.plot(PAPER_BETAS, np.divide(PAPER_ERROR, min(PAPER_ERROR)), label="paper", **PAPER_STYLE)
     for (cap,), own in group_by(rows, "cap").items():
         least = least_error(own)
-        points = [(beta, error / least, spread / least, count)
-                  for beta, error, spread, count in summarise(own, "beta", "test_error")]
-        plot_points(ax, points, STYLES[cap], label=cap_name(cap))
+        ratios = [row | {"ratio": row["test_error"] / least} for row in own]
+        plot_points(ax, summarise(ratios, "beta", "ratio"), STYLES[cap], label=cap_name(cap))
     ax.set(xscale="log", xlabel="β", title="test error over its least", ylim=(0.95, 1.6))
     ax.legend()
 
 
 def information_panel(ax, rows):
     """Under another cap as many nats are another noise: three curves, not one."""
+    fewest = 1e-3  # a logarithmic axis has no zero
     for (cap,), own in group_by(rows, "cap").items():
-        groups = group_by(own, "beta").values()
-        nats = [max(FEWEST, np.mean([row["nats"] for row in group])) for group in groups]
-        error = [np.mean([row["test_error"] for row in group]) for group in groups]
+        nats = [max(fewest, mean) for _, mean, *_ in summarise(own, "beta", "nats")]
+        error = [mean for _, mean, *_ in summarise(own, "beta", "test_error")]
         ax.plot(nats, error, STYLES[cap], ms=4, lw=1.2, label=cap_name(cap))
-    ax.set(xscale="log", xlabel=f"I(w;D)/N, nats (at least {FEWEST:g})", ylabel="test error, %",
+    ax.set(xscale="log", xlabel=f"I(w;D)/N, nats (at least {fewest:g})", ylabel="test error, %",
            title="against information")
     ax.legend()
 
@@ -311,74 +313,75 @@ def information_panel(ax, rows):
 def plot(width, beta, args):
     panels = [partial(width_panel, rows=width)] if width else []
     if beta:
-        panels += [partial(panel, rows=beta)
-                   for panel in (beta_panel, ratio_panel, information_panel)]
+        for panel in (beta_panel, ratio_panel, information_panel):
+            panels.append(partial(panel, rows=beta))
     title = f"Fig. 3: All-CNN, {SETTINGS[args.scale]['n']:,} images, {args.dataset}, scale "
     save_panels(panels, title + args.scale, args, columns=2)
 
 
 def width_claims(rows, decay):
+    name = f"weight decay {decay:g}"
     return [
-        check(f"weight decay {decay:g}: test error falls by over 0.5 points with every doubling, "
-              "to ×1", "2.6, 1.7 points", gain_by_doubling(rows), (0.5, math.inf), "{:.1f}"),
-        check(f"weight decay {decay:g}: wider nets do not overfit: the widest is at most 1.5 "
-              "points above the best", "1.0", {"": per_seed(above_best, rows)}, (0, 1.5), "{:.1f}"),
+        check(f"{name}: test error falls by over 0.5 points with every doubling, to ×1",
+              "2.6, 1.7 points", gain_by_doubling(rows), (0.5, math.inf), "{:.1f}"),
+        check(f"{name}: wider nets do not overfit: the widest is at most 1.5 points above the best",
+              "1.0", {"": per_seed(above_best, rows)}, (0, 1.5), "{:.1f}"),
     ]
 
 
-def beta_claims(rows, cap):
-    """Of one cap on log alpha: all predictions of the main one, the mean network's of another.
+def u_claim(rows, cap, betas, kind=""):
+    rises, least = {}, 0.5
+    for beta in (min(betas), max(betas)):
+        values = rise_from_best(rows, "test_error" + kind, beta)
+        rises[f"β = {beta:g}:"] = values
+        if len(values) > 1:  # what seeds differ by is no rise
+            least = max(least, np.std(values, ddof=1))
+    return check(f"{cap_name(cap)}, {KINDS[kind]}: a U, error at both ends is above the best by "
+                 "0.5 points and the spread", "1.1, 1.6 points", rises, (least, math.inf),
+                 "{:.1f}")
 
-    Of a demo's few betas the mean network's under the main cap alone.
-    """
-    name, table = cap_name(cap), []
-    few = len(group_by(rows, "beta")) < 4
-    in_full = cap == MAIN_CAP and not few
-    if few and cap != MAIN_CAP:
-        return []
-    for kind in KINDS if in_full else [""]:
-        rises = rise_from_best(rows, "test_error" + kind)
-        table.append(check(
-            f"{name}, {KINDS[kind]}: a U, error at both ends is above the best by 0.5 points and "
-            "the spread", "1.1, 1.6 points", rises,
-            (max(0.5, largest_spread(rises)), math.inf), "{:.1f}"))
-    _, last = rise_from_best(rows, "test_error").values()
-    table.append(check(f"{name}: its right arm is mild, within 12 points of the best",
-                       "1.6 points", {"": last}, (-math.inf, 12), "{:.1f}"))
-    if in_full:
-        table += [
-            check(f"{name}: error is least within a decade of β = 0.03", "0.03",
-                  {"": per_seed(best_beta, rows)}, (0.003, 0.3), "{:g}"),
-            check(f"{name}, converged: no β is beaten by another's final state by over 0.03 nats",
-                  "–", {"": per_seed(gap_to_converged, rows)}, (-math.inf, 0.03), "{:.3f}"),
-        ]
-    return table
+
+def mild_claim(rows, cap, betas):
+    right = rise_from_best(rows, "test_error", max(betas))
+    return check(f"{cap_name(cap)}: its right arm is mild, within 12 points of the best",
+                 "1.6 points", {"": right}, (-math.inf, 12), "{:.1f}")
+
+
+def best_beta_claims(rows):
+    name = cap_name(MAIN_CAP)
+    return [
+        check(f"{name}: error is least within a decade of β = 0.03", "0.03",
+              {"": per_seed(best_beta, rows)}, (0.003, 0.3), "{:g}"),
+        check(f"{name}, converged: no β is beaten by another's final state by over 0.03 nats",
+              "–", {"": per_seed(gap_to_converged, rows)}, (-math.inf, 0.03), "{:.3f}"),
+    ]
 
 
 def claims(width, beta, grid):
-    """The paper's claims, of complete seeds; their thresholds were set before the grid was trained.
-    """
-    table, least = [], {}
+    """The paper's claims, of complete seeds; thresholds were set before the grid was trained."""
+    betas, table, by_cap = grid["betas"], [], {}
     for decay in grid["decays"]:
         cells = [{"weight_decay": decay, "width": w} for w in grid["widths"]]
-        rows = complete_seeds(width, cells)
-        table += width_claims(rows, decay) if rows else []
+        table += width_claims(complete_seeds(width, cells), decay)
     for cap in grid["caps"]:
-        cells = [{"max_log_alpha": cap, "beta": b} for b in grid["betas"]]
-        rows = complete_seeds(beta, cells)
-        table += beta_claims(rows, rows[0]["cap"]) if rows else []
-        least[cap] = least_error(rows) if rows else math.nan
-    gain = least[None] - least[MAIN_CAP]
-    if math.isfinite(gain) and len(grid["betas"]) > 3:  # a demo's are too few
+        cells = [{"max_log_alpha": cap, "beta": b} for b in betas]
+        by_cap[cap] = complete_seeds(beta, cells)
+    main = by_cap[MAIN_CAP]
+    if len(betas) < 4:  # a demo's few steps show a U, no more
+        return table + [u_claim(main, MAIN_CAP, betas)]
+
+    for kind in KINDS:
+        table.append(u_claim(main, MAIN_CAP, betas, kind))
+    table += [mild_claim(main, MAIN_CAP, betas), *best_beta_claims(main)]
+    for cap, rows in by_cap.items():
+        if cap != MAIN_CAP:
+            table += [u_claim(rows, cap, betas), mild_claim(rows, cap, betas)]
+    if by_cap[None] and main:
+        gain = least_error(by_cap[None]) - least_error(main)
         table.append(check("nats do not tell which cap is better: the least error is lower under "
                            f"{cap_name(MAIN_CAP)} than without", "–", {"": gain}, (0, math.inf),
                            "{:.1f}"))
     return table
-
-
-def least_error(rows):
-    """Of the mean network over beta."""
-    return min(error for _, error, *_ in summarise(rows, "beta", "test_error"))
 
 
 WIDTH_KEYS = {"weight_decay": "weight_decay", "width": "width"}
@@ -387,20 +390,23 @@ WIDTH_COLUMNS = {"train error, %": ("train_error", "{:.1f}"),
                  "test error, %": ("test_error", "{:.1f}")}
 BETA_COLUMNS = WIDTH_COLUMNS | {
     "one sampled": ("test_error_sampled", "{:.1f}"), "average": ("test_error_average", "{:.1f}"),
-    "test NLL": ("test_nll", "{:.2f}"), "NLL, one sampled": ("test_nll_sampled", "{:.2f}"),
-    "NLL, average": ("test_nll_average", "{:.2f}"), "I/N": ("nats", "{:.3f}"),
-    "objective": ("objective", "{:.3f}")}
+    "test NLL": "test_nll", "NLL, one sampled": "test_nll_sampled",
+    "NLL, average": "test_nll_average",
+    "I/N": ("nats", "{:.3f}"), "objective": ("objective", "{:.3f}")}
 
 
 def make_cells(scale):
-    """The curve of the main cap first, what a cap changes next, then the widths."""
-    grid = GRID[scale]
-    beta = [{"panel": "beta", "width": grid["beta_width"], "max_log_alpha": cap, "beta": b}
-            for cap in grid["caps"] for b in grid["betas"]]
-    width = [{"panel": "width", "width": w, "weight_decay": decay}
-             for w in grid["widths"] for decay in grid["decays"]]
-    capped = [cell for cell in beta if cell["max_log_alpha"] is not None]
-    return capped + width + beta[len(capped):]
+    """Capped nets first, whose U is the paper's; those without a cap last."""
+    grid, capped, width, uncapped = GRID[scale], [], [], []
+    for cap in grid["caps"]:
+        for beta in grid["betas"]:
+            cell = {"panel": "beta", "width": grid["beta_width"], "max_log_alpha": cap,
+                    "beta": beta}
+            (uncapped if cap is None else capped).append(cell)
+    for w in grid["widths"]:
+        for decay in grid["decays"]:
+            width.append({"panel": "width", "width": w, "weight_decay": decay})
+    return capped + width + uncapped
 
 
 def main():

@@ -1,7 +1,7 @@
 """What r is under a proper prior, and under the log-uniform count once its places are paid.
 
     python -m beyond.proper_prior --scale demo     # synthetic images, 2 minutes on 2 cores
-    python -m beyond.proper_prior --scale cpu      # CIFAR-10, 1/4 width, 2 hours on 2 cores
+    python -m beyond.proper_prior --scale cpu      # CIFAR-10, 1/4 width, 3 hours on 2 cores
 
 r is label nats saved per nat counted; memorising pays while beta < r. Fig. 1 counts with the
 log-uniform prior, which is improper. Here its nets on random labels are trained with
