@@ -10,11 +10,11 @@ whatever N is; on real labels, information that suffices to fit without overfitt
 with N, so that the transition lies at a constant beta/N. You will see accuracy on random labels
 fall to chance within a factor of two in beta, and real labels learned far beyond.
 
-Every weight has noise and is counted. Protocol (results/protocols.md): Adam, the rates held for
-60% of the steps; beta is raised from 0 to a peak and then lowered to its value, as nets that start
-at full beta stay at chance. Accuracy and cross-entropy are those of one sampled network, the mean
-over draws; test accuracy is that of the mean network. alpha: variance of a weight's noise over its
-squared mean; a nat is 1.44 bits.
+Every weight has noise of a learned variance, and its nats (1.44 bits each) count in I(w;D).
+Protocol (results/protocols.md): Adam, the rates held for 60% of the steps; beta is raised from 0 to
+a peak and then lowered to its value, as nets that start at full beta stay at chance. Accuracy and
+cross-entropy are those of one sampled network, the mean over draws; test accuracy is that of the
+mean network.
 """
 import math
 from functools import partial
@@ -30,9 +30,11 @@ from common import (beta_at, cell_table, check, corrupt_labels, crossing, draw_s
                     parse_args, per_seed, plot_points, run_grid, save_panels, save_tables,
                     summarise, to_stochastic, weight_information, with_information)
 
-# How a cell is trained, stored in its row. It takes steps * max(1, N/300)^growth[labels]: a net
-# needs more epochs to memorise many random labels than to learn real ones. peak: a value that
-# beta passes on the way to its own, after which the weights hold less information.
+# How a cell, one training run, is trained; stored in its row. It takes steps * max(1,
+# N/300)^growth[labels]: a net needs more epochs to memorise many random labels than to learn real
+# ones. lr: of the means of the weights, lr_noise: of the logarithm of their noise's variance.
+# peak: a value that beta passes on the way to its own; the weights then end with less information.
+# synthetic: training and test images of the set drawn by code; test: test images measured.
 SHARED = dict(
     hold=0.6,  # until then the rates are held, as the noise has to follow a beta that moves
     draws=8,  # sampled networks that are measured
@@ -62,7 +64,7 @@ GRID = {  # {labels: {N: beta}}
     "paper": {"random": dict.fromkeys(SIZES + LARGE, RANDOM), "real": REAL, "longer": []},
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
-SEEDS_LARGE = {"random": [0], "real": [0, 1]}  # of the cells at scale cpu with N >= 10,000: hours
+SEEDS_LARGE = {"random": [0], "real": [0, 1]}  # at scale cpu, where N >= 10,000 takes hours
 REAL_DATA = ["cifar10", "mnist", "synthetic"]
 DATASETS = {"demo": ["synthetic", "cifar10", "mnist"], "cpu": REAL_DATA, "paper": REAL_DATA}
 
@@ -373,7 +375,7 @@ def make_cells(scale):
     for labels in ("random", "real"):
         for n, betas in grid[labels].items():
             one = [{"labels": labels, "n": n, "beta": beta} for beta in betas]
-            if scale == "cpu" and n in LARGE:  # hours: these seeds, not those of --seeds
+            if scale == "cpu" and n in LARGE:  # these seeds, not those of --seeds
                 one = [cell | {"seed": seed} for seed in SEEDS_LARGE[labels] for cell in one]
             cells += one
     for labels, n, beta in grid["longer"]:

@@ -27,14 +27,10 @@ from common import (beta_at, cell_table, check, corrupt_labels, crossing, draw_s
                     parse_args, per_seed, plot_points, run_grid, save_panels, save_tables,
                     summarise, to_stochastic, weight_information, with_information)
 
-# How a cell is trained, stored in its row. It takes steps * max(1, N/300)^growth, as many random
-# labels take more epochs to memorise. peaks: values that beta passes on the way to its own, after
-# which the weights hold less information; too large a peak leaves a net at chance.
-SHARED = dict(
-    growth=0.6,
-    hold=0.6,  # until then the rates are held, as the noise has to follow a beta that moves
-    draws=8,  # sampled networks that are measured
-)
+# How a cell is trained, stored in its row; named as in Fig. 1. It takes steps * max(1,
+# N/300)^growth. Each net has a peak of beta of its own: the larger, the less information it ends
+# with, unless the peak brings it to chance, where it stays.
+SHARED = dict(growth=0.6, hold=0.6, draws=8)
 MODELS = ("Small AlexNet", "All-CNN", "ResNet")
 PEAKS = {"Small AlexNet": 0.5, "All-CNN": 0.3, "ResNet": 0.3}
 SETTINGS = {
@@ -66,8 +62,8 @@ GRID = {
                   pair={30_000: PAIR}),
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
-DATASETS = {"demo": ["synthetic", "cifar10"], "cpu": ["cifar10", "synthetic"],
-            "paper": ["cifar10", "synthetic"]}
+REAL_DATA = ["cifar10", "synthetic"]
+DATASETS = {"demo": ["synthetic", "cifar10"], "cpu": REAL_DATA, "paper": REAL_DATA}
 
 
 class Shift(nn.Module):
@@ -294,31 +290,29 @@ def error_panel(ax, rows, n):
     ax.legend()
 
 
-def wrong_panel(ax, rows):
-    """Rise of information against the fraction of wrong labels, a curve for each kind and N."""
-    paper = np.subtract(PAPER_NATS, PAPER_NATS[0])
-    ax.plot(np.multiply(0.9, UNIFORM), paper, "o-", color="0.75", ms=4)
+def draw_rise(ax, rows, x):
+    """Rise of information against x, a curve for each kind and N."""
     for (n, kind), own in group_by(rows, "n", "kind").items():
         style = "^--" if kind == "pair" else "o-"
-        plot_points(ax, summarise(own, "wrong", "rise"), style, label=f"{kind}, N = {n:,}")
+        plot_points(ax, summarise(own, x, "rise"), style, label=f"{kind}, N = {n:,}")
+    ax.set(ylabel="rise of I(w;D)/N over real labels, nats")
+    ax.legend()
+
+
+def wrong_panel(ax, rows):
+    draw_rise(ax, rows, "wrong")
+    paper = np.subtract(PAPER_NATS, PAPER_NATS[0])
+    ax.plot(np.multiply(0.9, UNIFORM), paper, "o-", color="0.75", ms=4, zorder=1)
     ax.axhline(LOG10, color="k", ls=":", lw=1)
     ax.annotate("log 10", (0, LOG10), va="bottom")
-    ax.set(xlabel="fraction of wrong labels", ylabel="rise of I(w;D)/N over real labels, nats",
-           title="Small AlexNet (grey: paper, uniform)")
-    ax.legend()
+    ax.set(xlabel="fraction of wrong labels", title="Small AlexNet (grey: paper, uniform)")
 
 
 def entropy_panel(ax, rows):
-    """The same at one N, against the nats that the corruption adds to the labels."""
-    for (kind,), own in group_by(rows, "kind").items():
-        style = "^" if kind == "pair" else "o"
-        plot_points(ax, summarise(own, "entropy", "rise"), style, label=kind)
+    draw_rise(ax, rows, "entropy")
     ax.plot([0, LOG10], [0, LOG10], "k--", lw=1)
     ax.annotate("one nat per nat", (LOG10, LOG10), ha="right")
-    ax.set(xlabel="H(corrupted label | true label), nats",
-           ylabel="rise of I(w;D)/N over real labels, nats",
-           title=f"against entropy, N = {rows[0]['n']:,}")
-    ax.legend()
+    ax.set(xlabel="H(corrupted label | true label), nats", title="against the labels' entropy")
 
 
 def plot(models, rising, args):
