@@ -38,28 +38,29 @@ from common import (StochasticConv2d, accuracy, add_clutter, beta_at, cell_table
                     weight_information, with_information)
 
 # How a cell is trained and read, stored in its row. n digits train the classifier; passes * n z,
-# each under clutter of its own, train what reads z. bfloat16: of the decoder; 20 times as slow on
-# a CPU without AVX512.
+# each under clutter of its own, train what reads z. patience: steps of the discriminator.
 SHARED = dict(lr=0.003, lr_noise=0.05)
 SETTINGS = {
-    "demo": dict(n=3000, test=1000, validation=500, passes=4, width=1 / 8, steps=400, batch=64,
-                 decoder_channels=32, decoder_steps=200, discriminator_steps=150, patience=150,
-                 bfloat16=False, **SHARED),
+    "demo": dict(n=2000, test=1000, validation=500, passes=5, width=1 / 12, steps=600, batch=32,
+                 decoder_channels=32, decoder_steps=300, discriminator_channels=32,
+                 discriminator_steps=150, patience=150, **SHARED),
     "cpu": dict(n=60_000, test=5000, validation=1000, passes=3, width=1 / 8, steps=1800,
-                batch=100, decoder_channels=64, decoder_steps=8000, discriminator_steps=8000,
-                patience=800, bfloat16=False, **SHARED),
+                batch=100, decoder_channels=64, decoder_steps=8000, discriminator_channels=128,
+                discriminator_steps=8000, patience=800, **SHARED),
     "paper": dict(n=60_000, test=10_000, validation=2000, passes=3, width=1, steps=20_000,
                   batch=100, decoder_channels=128, decoder_steps=16_000,
-                  discriminator_steps=20_000, patience=1000, bfloat16=True, **SHARED),
+                  discriminator_channels=128, discriminator_steps=20_000, patience=1000,
+                  **SHARED),
 }
 BETAS = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
-GRID = {"demo": dict(betas=(0.001, 0.03, 0.3), controls=(0.3,)),  # more per sample at a small n
+GRID = {"demo": dict(betas=(0.001, 0.01, 0.03), controls=(0.03,)),  # more per sample at a small n
         "cpu": dict(betas=BETAS, controls=BETAS[2:]),
         "paper": dict(betas=BETAS, controls=BETAS[2:])}
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
 DATASETS = {"demo": ["synthetic", "mnist"], "cpu": ["mnist", "synthetic"],
             "paper": ["mnist", "synthetic"]}
-SQUARES, STARTS = 10, 25  # a 4x4 square in 28x28 pixels starts in one of 25 rows and columns
+SQUARES = 10
+STARTS = 25  # a 4x4 square in 28x28 pixels starts in one of 25 rows and columns
 
 
 def all_cnn(width=1.0, channels=1):
@@ -75,48 +76,49 @@ def all_cnn(width=1.0, channels=1):
     return nn.Sequential(nn.Sequential(*layers), head)
 
 
-def classifier(width, device):
-    """The All-CNN with stochastic weights in all layers but the first and the last."""
-    model = to_stochastic(all_cnn(width), skip=("0.0", "1.0"))
-    return model.to(device, memory_format=torch.channels_last)  # faster on a CPU
+def train_cell(cell, device, args, progress):
+    """Train a classifier and measure what its z holds; or what z of the control holds."""
+    s, seed = SETTINGS[args.scale], cell["seed"]
+    model, digits = train_classifier(cell["beta"], seed, device, args, progress)
+    if cell.get("control"):
+        # the net at beta only says how many label nats the noise has to leave
+        z, _, _, labels = sample_z(model, digits, passes=1)
+        aim = label_nats(z.mean((2, 3)), labels, s)
+        smallest = GRID[args.scale]["betas"][0]
+        model, digits = train_classifier(smallest, seed, device, args, progress)
+        z, masks, positions, labels = sample_z(model, digits, s["passes"])
+        row = {"noise": noise_size(z, labels, aim, s)}
+        z.add_(torch.randn_like(z), alpha=row["noise"])
+    else:
+        row = measure_classifier(model, digits)
+        z, masks, positions, labels = sample_z(model, digits, s["passes"])
 
-
-def load_data(args):
-    s, name = SETTINGS[args.scale], {"synthetic": "digits"}.get(args.dataset, args.dataset)
-    return load_images(name, args.data_dir, s["n"], s["test"])
-
-
-def cluttered_digits(seed, device, args):
-    """(x, y, x_test, y_test, draw): draw(digits) -> images, masks, positions, clutter ever new."""
-    s, generator = SETTINGS[args.scale], torch.Generator().manual_seed(seed)
-    x, y, x_test, y_test, mean, std = load_data(args)
-    x, y = draw_subset(x, y, s["n"], generator)
-    x_test, y_test = draw_subset(x_test, y_test, s["test"], generator)
-    x, y, x_test, y_test, mean, std = (t.to(device) for t in (x, y, x_test, y_test, mean, std))
-    clutter = torch.Generator(device).manual_seed(seed)
-
-    def draw(digits):
-        images, mask, starts = add_clutter(digits, clutter, squares=SQUARES, positions=True)
-        images = ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
-        return images, mask, STARTS * starts[..., 0] + starts[..., 1]
-
-    return x, y, x_test, y_test, draw
+    row["i_zy"] = label_nats(z.mean((2, 3)), labels, s)
+    row["i_zn_positions"] = position_information(z, positions, s, progress)
+    discriminator = Discriminator(z.shape[1], s["discriminator_channels"]).to(device)
+    ratio = density_ratio_information(
+        discriminator, z, masks, steps=s["discriminator_steps"], patience=s["patience"],
+        validation=s["validation"], held_out=s["test"])
+    return row | {"i_zn_nce": ratio["info_nce"], "i_zn_dv": ratio["donsker_varadhan"]}
 
 
 def train_classifier(beta, seed, device, args, progress):
-    """A net trained at beta, and the digits it was trained on: the same for the same seed."""
+    """A net trained at beta and its digits; the same for the same seed."""
     s = SETTINGS[args.scale]
+    steps = s["steps"]
     torch.manual_seed(seed)
-    x, y, x_test, y_test, draw = cluttered_digits(seed, device, args)
-    model, steps = classifier(s["width"], device), s["steps"]
-    forward = with_information(model, draw(x[:s["batch"]])[0])
+    digits = ClutteredDigits(seed, device, args)
+    model = to_stochastic(all_cnn(s["width"]), skip=("0.0", "1.0"))  # the first and last layer
+    model.to(device, memory_format=torch.channels_last)  # faster on a CPU
+    images, _, _ = digits.draw(digits.x[:s["batch"]])
+    forward = with_information(model, images)
     optimizer = torch.optim.Adam(param_groups(model, s["lr"], s["lr_noise"]), fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step / steps))
     for step, index in zip(range(steps), minibatches(s["n"], s["batch"], device)):
-        images, _, _ = draw(x[index])
+        images, _, _ = digits.draw(digits.x[index])
         logits, nats = forward(images)
-        cross_entropy = F.cross_entropy(logits, y[index])
+        cross_entropy = F.cross_entropy(logits, digits.y[index])
         beta_now = beta_at(step / steps, beta, 0)
         loss = cross_entropy + beta_now / s["n"] * nats  # eq. 3, per sample
 
@@ -126,65 +128,137 @@ def train_classifier(beta, seed, device, args, progress):
         scheduler.step()
         if step % 100 == 0 or step == steps - 1:
             progress(step, steps, loss.item())
-    return model, (x, y, x_test, y_test, draw)
+    return model, digits
 
 
-def train_cell(cell, device, args, progress):
-    """Train a classifier and measure what its z holds; or what z of the control holds."""
-    s, seed = SETTINGS[args.scale], cell["seed"]
-    model, digits = train_classifier(cell["beta"], seed, device, args, progress)
-    z, masks, positions, labels = sample_z(model, digits, s)
-    row = {"i_zy": label_nats(z.mean((2, 3)), labels, s["test"])}
-    if cell.get("control"):  # its label nats are the aim, then the other net is all that counts
-        smallest = GRID[args.scale]["betas"][0]
-        model, digits = train_classifier(smallest, seed, device, args, progress)
-        z, masks, positions, labels = sample_z(model, digits, s)
-        size = noise_size(z, labels, row["i_zy"], s["test"])
-        z = z.add_(torch.randn_like(z), alpha=size)
-        row = {"i_zy": label_nats(z.mean((2, 3)), labels, s["test"]), "noise": size}
-    else:
-        row |= measure_classifier(model, digits, s)
-
-    row["i_zn_positions"] = position_information(z, positions, s, progress)
-    ratio = density_ratio_information(
-        Discriminator(z.shape[1]).to(device), z, masks, steps=s["discriminator_steps"],
-        patience=s["patience"], validation=s["validation"], held_out=s["test"])
-    return row | {"i_zn_nce": ratio["info_nce"], "i_zn_dv": ratio["donsker_varadhan"]}
+def load_data(args):
+    s = SETTINGS[args.scale]
+    name = "digits" if args.dataset == "synthetic" else args.dataset
+    return load_images(name, args.data_dir, s["n"], s["test"])
 
 
-def with_local_noise(model):
-    """A copy of a classifier that draws noise anew at every position, as Cor. 5.3 has it."""
-    twin = copy.deepcopy(model)
-    for layer in twin.modules():
+class ClutteredDigits:
+    """Digits x, y to train on and x_test, y_test, on a device, and clutter that is ever new."""
+
+    def __init__(self, seed, device, args):
+        s, generator = SETTINGS[args.scale], torch.Generator().manual_seed(seed)
+        x, y, x_test, y_test, mean, std = load_data(args)
+        x, y = draw_subset(x, y, s["n"], generator)
+        x_test, y_test = draw_subset(x_test, y_test, s["test"], generator)
+        self.x, self.y = x.to(device), y.to(device)
+        self.x_test, self.y_test = x_test.to(device), y_test.to(device)
+        self.mean, self.std = mean.to(device), std.to(device)
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(self, digits):
+        """Digits (n, 1, 28, 28) under clutter: images, masks, positions (n, squares) below 625."""
+        images, masks, starts = add_clutter(digits, self.generator, SQUARES, positions=True)
+        row, column = starts.unbind(2)
+        return (images.float() - self.mean) / self.std, masks, STARTS * row + column
+
+
+# What z holds
+
+def noisy_copy(model, digits):
+    """A copy with noise drawn anew at every position, as Cor. 5.3 has it, and batch norm for it."""
+    net = copy.deepcopy(model)
+    for layer in net.modules():
         if isinstance(layer, StochasticConv2d):
             layer.local = True
-    return twin
+    images, _, _ = digits.draw(digits.x[:1000])
+    with sample_weights(net):
+        return recalibrate_bn(net, images).eval()
 
 
 @torch.no_grad()
-def sample_z(model, digits, s):
-    """z ~ p(z|x), masks, positions, labels: training digits `passes` times, then test digits."""
-    x, y, x_test, y_test, draw = digits
-    model, parts = with_local_noise(model), []
-    with sample_weights(model):
-        recalibrate_bn(model, draw(x[:2000])[0]).eval()
-        for part in torch.cat([x] * s["passes"] + [x_test]).split(1000):
-            images, masks, positions = draw(part)
-            parts.append((predict(model[0], images), masks, positions))
+def sample_z(model, digits, passes):
+    """z ~ p(z|x) (n, channels, 7, 7), masks, positions, labels.
+
+    Of the training digits `passes` times, then of the test digits, each under clutter of its own.
+    """
+    net, parts = noisy_copy(model, digits), []
+    with sample_weights(net):
+        for x in torch.cat([digits.x] * passes + [digits.x_test]).split(1000):
+            images, masks, positions = digits.draw(x)
+            parts.append((predict(net[0], images), masks, positions))
     z, masks, positions = map(torch.cat, zip(*parts))
-    return z, masks, positions, torch.cat([y] * s["passes"] + [y_test])
+    return z, masks, positions, torch.cat([digits.y] * passes + [digits.y_test])
+
+
+class PositionDecoder(nn.Module):
+    """z (n, channels, 7, 7) to log p (n, 625) of where a square starts."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        layers, inputs = [], 2 * channels
+        for _ in range(4):
+            layers += [nn.BatchNorm2d(inputs), nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
+            inputs = width
+        # 4x4 pixels for each of z's 7x7 positions
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 16, 1), nn.PixelShuffle(4))
+
+    def forward(self, z):
+        # the logarithm too: what is small in z can tell as much
+        logits = self.layers(torch.cat([z, torch.log(z.relu() + 0.05)], 1))
+        return logits[:, 0, :STARTS, :STARTS].flatten(1).log_softmax(1)
+
+
+def position_nats(log_p, positions):
+    """Barber and Agakov's lower bound on I(z;n), nats: H(n) - cross-entropy.
+
+    Each of the squares is a draw from the one distribution (n, 625) that the decoder gives.
+    """
+    nats = math.log(STARTS**2) + log_p.gather(1, positions)
+    return nats.sum(1).mean()
+
+
+def position_information(z, positions, s, progress):
+    """position_nats of a decoder on the last s["test"] z, trained on those before.
+
+    Of these the last s["validation"] choose when: at a large beta it learns its z by heart.
+    """
+    steps, every = s["decoder_steps"], max(1, s["decoder_steps"] // 20)
+    test = len(z) - s["test"]
+    train = test - s["validation"]
+    decoder = PositionDecoder(z.shape[1], s["decoder_channels"])
+    decoder.to(z.device, memory_format=torch.channels_last)  # faster on a CPU
+    optimizer = torch.optim.Adam(decoder.parameters(), 0.003, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step / steps, hold=0.3))
+    best = -math.inf
+    for step, rows in zip(range(steps), minibatches(train, 128, z.device)):
+        loss = -position_nats(decoder(z[rows]), positions[rows])
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        if step % every == every - 1:
+            progress(step, steps, loss.item())
+            nats = held_out_nats(decoder, z[train:test], positions[train:test])
+            if nats > best:
+                best, best_decoder = nats, copy.deepcopy(decoder)
+    return held_out_nats(best_decoder, z[test:], positions[test:])
+
+
+@torch.no_grad()
+def held_out_nats(decoder, z, positions):
+    decoder.eval()
+    nats = position_nats(predict(decoder, z), positions).item()
+    decoder.train()
+    return nats
 
 
 class Discriminator(nn.Module):
     """Inner products (k, m) of features of z (k, channels, 7, 7) and masks (m, 1, 28, 28)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, width):
         super().__init__()
-        self.of_z, self.of_mask = self.features(channels), self.features(16)
+        self.of_z, self.of_mask = self.features(channels, width), self.features(16, width)
 
-    def features(self, channels):
-        return nn.Sequential(nn.Conv2d(channels, 128, 3, padding=1), nn.ReLU(),
-                             nn.Conv2d(128, 32, 1), nn.Flatten())
+    def features(self, channels, width):
+        return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(),
+                             nn.Conv2d(width, 32, 1), nn.Flatten())
 
     def forward(self, z, n):
         # the 4x4 pixels at each of z's 7x7 positions as channels
@@ -193,141 +267,85 @@ class Discriminator(nn.Module):
         return z @ mask.T / z.shape[1] ** 0.5
 
 
-def position_decoder(channels, width):
-    """z and log z (n, 2 channels, 7, 7) -> (n, 1, 28, 28), a logit for each start of a square."""
-    layers, inputs = [], 2 * channels
-    for _ in range(4):
-        layers += [nn.BatchNorm2d(inputs), nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
-        inputs = width
-    decoder = nn.Sequential(*layers, nn.Conv2d(width, 16, 1), nn.PixelShuffle(4))
-    return decoder.to(memory_format=torch.channels_last)
+def label_nats(features, labels, s):
+    """A lower bound on I(z;y), nats: by a linear classifier of z's mean over positions.
 
-
-def position_information(z, positions, s, progress):
-    """Barber and Agakov's lower bound on I(z;n), nats, by a decoder of the squares' positions.
-
-    z: (n, channels, 7, 7). positions: (n, squares), from 0 to 624. The last s["test"] are held out;
-    the s["validation"] before them choose when training stops.
+    Fitted anew, as the net's own last layer does not know of the noise of the control.
     """
-    steps, test = s["decoder_steps"], len(z) - s["test"]
-    train = test - s["validation"]
-    decoder = position_decoder(z.shape[1], s["decoder_channels"]).to(z.device)
-
-    def bound(rows):
-        code = z[rows]
-        # the logarithm too: what is small in z can tell as much
-        inputs = torch.cat([code, torch.log(code.relu() + 0.05)], 1)
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=s["bfloat16"]):
-            logits = decoder(inputs.contiguous(memory_format=torch.channels_last))
-        # one distribution over the starts; each of the ten squares is a draw from it
-        log_p = logits[:, 0, :STARTS, :STARTS].float().flatten(1).log_softmax(1)
-        nats = log_p.gather(1, positions[rows]) + math.log(STARTS**2)
-        return nats.sum(1).mean()
-
-    @torch.no_grad()
-    def evaluate(start, end):
-        decoder.eval()
-        parts = torch.arange(start, end, device=z.device).split(500)
-        total = sum(len(rows) * bound(rows).item() for rows in parts)
-        decoder.train()
-        return total / (end - start)
-
-    optimizer = torch.optim.Adam(decoder.parameters(), 0.003, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step / steps, hold=0.3))
-    best = -math.inf
-    for step, rows in zip(range(steps), minibatches(train, 128, z.device)):
-        loss = -bound(rows)
-
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        if (step + 1) % max(1, steps // 20) == 0 or step == steps - 1:
-            progress(step, steps, loss.item())
-            nats = evaluate(train, test)
-            if nats > best:
-                best = nats
-                state = {name: v.clone() for name, v in decoder.state_dict().items()}
-    decoder.load_state_dict(state)
-    return evaluate(test, len(z))
-
-
-def label_nats(features, labels, held_out):
-    """A lower bound on I(z;y), nats: by a linear classifier of features, as the net's last layer.
-
-    Fitted anew, as that layer does not know of noise on z. The last held_out rows are tested on.
-    """
-    train = len(features) - held_out
-    mean, std = features[:train].mean(0), features[:train].std(0)
-    features = (features - mean) / (std + 1e-6)
-    head = nn.Linear(features.shape[1], 10).to(features.device)
+    parts = [s["n"], s["test"]]  # one pass over the training digits is enough to fit it
+    x, x_test = features[-sum(parts):].split(parts)
+    y, y_test = labels[-sum(parts):].split(parts)
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    head = nn.Linear(x.shape[1], 10).to(x.device)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        value = F.cross_entropy(head(features[:train]), labels[:train])
+        value = F.cross_entropy(head((x - mean) / std), y)
         value.backward()
         return value
 
     optimizer.step(loss)
     with torch.no_grad():
-        return label_information(head(features[train:]), labels[train:]).item()
+        return label_information(head((x_test - mean) / std), y_test).item()
 
 
-def noise_size(z, labels, nats, held_out):
+def noise_size(z, labels, nats, s):
     """The standard deviation of white noise on z that leaves this many label nats, by bisection."""
-    pooled = z.mean((2, 3))
-    noise = torch.randn_like(pooled) / z[0, 0].numel() ** 0.5  # of the mean over positions
+    features = z.mean((2, 3))
+    noise = torch.randn_like(features) / z[0, 0].numel() ** 0.5  # its mean over positions
     low, high = 1e-3 * z.std().item(), 100 * z.std().item()
     for _ in range(12):  # to 0.3%
         middle = (low * high) ** 0.5
-        if label_nats(pooled + middle * noise, labels, held_out) > nats:
+        if label_nats(features + middle * noise, labels, s) > nats:
             low = middle
         else:
             high = middle
     return low
 
 
-def measure_classifier(model, digits, s):
-    """Accuracy of the mean network, nats in the weights, the bound of Cor. 5.3, Prop. 5.1."""
-    x, _, x_test, y_test, draw = digits
-    images, images_test = draw(x[:2000])[0], draw(x_test)[0]
-    net = recalibrate_bn(mean_network(model), images).eval()
-    test_acc = accuracy(predict(net, images_test), y_test)
-    local = with_local_noise(model)
-    with sample_weights(local):
-        recalibrate_bn(local, images).eval()
-        features = local[0]
-        last_layer = disentanglement(features[-3], predict(features[:-3], images_test))
-    tightest = min(layer_bounds(features).values(), key=lambda layer: layer["bound"])
-    return {"test_acc": test_acc, "information": weight_information(model).item(), **tightest,
-            **last_layer}
-
+# Accuracy, bounds and disentanglement of a classifier
 
 @torch.no_grad()
-def layer_bounds(features):
-    """{layer: the bound of Cor. 5.3 on I(z;x), and without its 1 nat a unit, nats}.
+def measure_classifier(model, digits):
+    """Accuracy of the mean network, nats in the weights, the bound of Cor. 5.3, Prop. 5.1."""
+    images, _, _ = digits.draw(digits.x[:1000])
+    images_test, _, _ = digits.draw(digits.x_test)
+    net = recalibrate_bn(mean_network(model), images).eval()
+    test_acc = accuracy(predict(net, images_test), digits.y_test)
+
+    layers = noisy_copy(model, digits)[0]
+    with sample_weights(layers):
+        inputs = predict(layers[:-3], images_test)
+        units = predict(layers[-3], inputs)
+    return {"test_acc": test_acc, "information": weight_information(model).item(),
+            **tightest_bound(layers), **disentanglement(layers[-3], inputs, units)}
+
+
+def tightest_bound(layers):
+    """The least bound of Cor. 5.3 on I(z;x) of the layers, and without its 1 nat a unit, nats.
 
     A unit whose weights have noise of variance a is a channel of capacity log(1 + 1/a)/2 if its
     inputs are uncorrelated; Cor. 5.3 allows 1 nat more. The paper's plot seems to be without it.
     """
-    bounds, side = {}, 28
-    for number, layer in enumerate((m for m in features if isinstance(m, nn.Conv2d)), 1):
-        side //= layer.stride[0]
+    tightest, side = {"bound": math.inf}, 28
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            side //= layer.stride[0]
         if isinstance(layer, StochasticConv2d):
-            noise = layer.log_sigma2.exp().flatten(1).sum(1) / (layer.weight**2).flatten(1).sum(1)
+            noise = layer.log_sigma2.exp().flatten(1).sum(1)
+            noise = noise / layer.weight.square().flatten(1).sum(1)
             units = layer.out_channels * side**2
             bound = layer_information_bound(units, torch.log1p(noise)).item()
-            bounds[f"conv{number}"] = {"bound": bound, "capacity": bound - units}
-    return bounds
+            if bound < tightest["bound"]:
+                tightest = {"bound": bound, "capacity": bound - units}
+    return tightest
 
 
-@torch.no_grad()
-def disentanglement(layer, inputs):
+def disentanglement(layer, inputs, units):
     """TC(z) and I(x;z) of a 1x1 convolution's units at one position, nats (Prop. 5.1)."""
-    inputs, units = (rearrange(t, "n c h w -> (n h w) c") for t in (inputs, predict(layer, inputs)))
-    alive = inputs.any(1)
+    inputs, units = (rearrange(t, "n c h w -> (n h w) c") for t in (inputs, units))
+    alive = inputs.any(1)  # without inputs a unit has no noise, and holds infinitely many nats
     weight = layer.weight.flatten(1).double() + 1e-30  # 0 in pruned units
     alpha = torch.log1p(layer.log_sigma2.flatten(1).exp() / weight**2)
     both = layer_information(weight, alpha, inputs[alive].double()).item()
@@ -351,21 +369,25 @@ def by_beta(rows, key):
 
 def rises(rows, key):
     """{"to β = 0.01:": by how much the value rises from the β before, per seed, ...}."""
-    curve = list(by_beta(rows, key).items())
-    return {f"to β = {beta:g}:": after - before
-            for (_, before), (beta, after) in zip(curve, curve[1:])}
+    curve, found = by_beta(rows, key), {}
+    betas = list(curve)
+    for before, beta in zip(betas, betas[1:]):
+        found[f"to β = {beta:g}:"] = curve[beta] - curve[before]
+    return found
 
 
 def rank_correlation(rows, x, y):
     """Spearman's, of one seed's values over β."""
-    x, y = (np.argsort(np.argsort([row[key] for row in rows])) for key in (x, y))
-    return np.corrcoef(x, y)[0, 1]
+    x_ranks = np.argsort(np.argsort([row[x] for row in rows]))
+    y_ranks = np.argsort(np.argsort([row[y] for row in rows]))
+    return np.corrcoef(x_ranks, y_ranks)[0, 1]
 
 
 def log_slope(rows, x, y):
     """The k of a fit of y ~ x^k over β, of one seed."""
-    x, y = (np.log([row[key] for row in rows]) for key in (x, y))
-    return np.polyfit(x, y, 1)[0]
+    log_x = np.log([row[x] for row in rows])
+    log_y = np.log([row[y] for row in rows])
+    return np.polyfit(log_x, log_y, 1)[0]
 
 
 def noise_excess(main, control, key):
@@ -388,35 +410,28 @@ def digits_panel(ax, args):
     ax.axis("off")
 
 
-def clutter_panel(ax, main):
+def clutter_panel(ax, main, control):
+    """Clutter that the penalty leaves, and noise that leaves as many label nats."""
     ax.plot(PAPER_BETAS, PAPER_CLUTTER, "s-", color="0.6", ms=4, label="paper")
-    for (key, name), style in zip(READERS.items(), ("C0o-", "C1^-")):
-        plot_points(ax, summarise(main, "beta", key), style, label=name)
-    ax.set(xscale="log", xlabel="β", ylabel="I(z;n), nats", title="clutter in z", ylim=(0, None))
+    for (key, name), colour in zip(READERS.items(), ("C0", "C1")):
+        plot_points(ax, summarise(main, "beta", key), "o-", color=colour, label=name)
+        plot_points(ax, summarise(control, "beta", key), "D--", color=colour, mfc="w",
+                    label=f"{name}, noise")
+    ax.set(xscale="log", xlabel="β, or noise with as many label nats", ylabel="I(z;n), nats",
+           title="clutter in z", ylim=(0, None))
     ax.legend()
 
 
 def bound_panel(ax, main):
     """Clutter against the bound, a point for each β."""
     ax.plot(PAPER_BOUND, PAPER_CLUTTER, "s-", color="0.6", ms=4, label="paper, 9,408 units")
+    clutter = [mean for _, mean, *_ in summarise(main, "beta", "i_zn_positions")]
     for key, style, name in (("bound", "C0o-", "Cor. 5.3"),
                              ("capacity", "C0o:", "less 1 nat per unit")):
-        bound = [v.mean() for v in by_beta(main, key).values()]
-        clutter = [v.mean() for v in by_beta(main, "i_zn_positions").values()]
+        bound = [mean for _, mean, *_ in summarise(main, "beta", key)]
         ax.plot(bound, clutter, style, ms=4, lw=1.2, label=name)
     ax.set(xscale="log", yscale="log", xlabel="bound on I(z;x), nats",
            ylabel="I(z;n), nats, decoder of positions", title="clutter against the bound")
-    ax.legend()
-
-
-def control_panel(ax, main, control):
-    """Penalty against noise that leaves as many label nats."""
-    for (key, name), colour in zip(READERS.items(), ("C0", "C1")):
-        plot_points(ax, summarise(main, "beta", key), "o-", color=colour, label=f"penalty, {name}")
-        plot_points(ax, summarise(control, "beta", key), "D--", color=colour, mfc="w",
-                    label=f"noise, {name}")
-    ax.set(xscale="log", xlabel="β, or noise with as many label nats", ylabel="I(z;n), nats",
-           title="does the penalty select?", ylim=(0, None))
     ax.legend()
 
 
@@ -435,42 +450,34 @@ def plot(main, control, args):
     if args.dataset == "synthetic" or Path(args.data_dir, "mnist.npz").exists():
         panels.append(partial(digits_panel, args=args))
     if main:
-        panels += [partial(panel, main=main) for panel in (clutter_panel, bound_panel)]
-    if main and control:
-        panels.append(partial(control_panel, main=main, control=control))
-    if main:
+        panels.append(partial(clutter_panel, main=main, control=control))
+        panels.append(partial(bound_panel, main=main))
         panels.append(partial(label_panel, main=main, control=control))
-    save_panels(panels, f"Fig. 4: All-CNN, {args.dataset}, scale {args.scale}", args)
+    save_panels(panels, f"Fig. 4: All-CNN, {args.dataset}, scale {args.scale}", args, columns=2)
 
 
-def claims(main, control, grid):
-    """The paper's claims, of complete seeds; their thresholds were set before the grid was trained.
-    """
-    main = complete_seeds(main, [{"beta": beta} for beta in grid["betas"]])
-    control = complete_seeds(control, [{"beta": beta} for beta in grid["controls"]])
-    if not main:
-        return []
-    table, first = [], grid["betas"][0]
-    last = max(beta for beta in grid["betas"] if beta <= 1)
-    for key, name in READERS.items():
-        curve = by_beta(main, key)
-        table += [
-            check(f"I(z;n) by {name}: no step of β raises it by over 0.1 nats", "falls",
-                  rises(main, key), (-math.inf, 0.1)),
-            check(f"I(z;n) by {name}: at β = {last:g} less than half of that at β = {first:g}",
-                  "0.34", {"": curve[last] / curve[first]}, (0, 0.5)),
-            check(f"I(z;n) by {name}: noise that costs the label as much leaves over 0.1 nats more "
-                  "than the penalty", "not shown", noise_excess(main, control, key),
-                  (0.1, math.inf)),
-        ]
-        if len(grid["betas"]) < 4:  # a demo trains its discriminator too briefly for more
-            return table
-    label = {f"β = {beta:g}:": v for beta, v in by_beta(main, "i_zy").items() if beta <= 1}
-    table.append(check("I(z;y) stays within 0.15 nats of 2.2 up to β = 1", f"{PAPER_LABEL} nats",
-                       label, (2.05, 2.35)))
+def clutter_claims(main, key, first, last):
+    """How I(z;n) by one reader falls, from β = first to last and beyond."""
+    curve, clutter = by_beta(main, key), f"I(z;n) by {READERS[key]}"
+    return [
+        check(f"{clutter}: no step of β raises it by over 0.1 nats", "falls", rises(main, key),
+              (-math.inf, 0.1)),
+        check(f"{clutter}: at β = {last:g} less than half of that at β = {first:g}", "0.34",
+              {"": curve[last] / curve[first]}, (0, 0.5)),
+    ]
+
+
+def control_claim(main, control, key):
+    """Does the penalty select what it removes?"""
+    return check(f"I(z;n) by {READERS[key]}: noise that costs the label as much leaves over 0.1 "
+                 "nats more than the penalty", "not shown", noise_excess(main, control, key),
+                 (0.1, math.inf))
+
+
+def bound_claims(main):
     correlation = partial(rank_correlation, x="bound", y="i_zn_positions")
     slope = partial(log_slope, x="capacity", y="i_zn_positions")
-    return table + [
+    return [
         check("I(z;n) and the bound of Cor. 5.3 over β: rank correlation at least 0.9", "1",
               {"": per_seed(correlation, main)}, (0.9, 1)),
         check("I(z;n) ~ bound^k, the bound less 1 nat per unit: k within a factor 2 of the paper's",
@@ -480,6 +487,26 @@ def claims(main, control, grid):
         check("last layer: TC / (I + TC) falls with every step of β", "theory",
               rises(main, "tc_share"), (-math.inf, 0)),
     ]
+
+
+def claims(main, control, grid):
+    """The paper's claims, of complete seeds; their thresholds were set before the grid was trained.
+    """
+    main = complete_seeds(main, [{"beta": beta} for beta in grid["betas"]])
+    control = complete_seeds(control, [{"beta": beta} for beta in grid["controls"]])
+    if not main:
+        return []
+    moderate = [beta for beta in grid["betas"] if beta <= 1]
+    if len(moderate) < 4:  # a demo trains classifier and discriminator too briefly for more
+        return clutter_claims(main, "i_zn_positions", moderate[0], moderate[-1])
+    table = []
+    for key in READERS:
+        table += clutter_claims(main, key, moderate[0], moderate[-1])
+        table.append(control_claim(main, control, key))
+    label = by_beta(main, "i_zy")
+    table.append(check("I(z;y) stays within 0.15 nats of 2.2 up to β = 1", f"{PAPER_LABEL} nats",
+                       {f"β = {beta:g}:": label[beta] for beta in moderate}, (2.05, 2.35)))
+    return table + bound_claims(main)
 
 
 CONTROL_COLUMNS = {"I(z;n), positions": ("i_zn_positions", "{:.2f}"),
