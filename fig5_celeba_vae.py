@@ -2,7 +2,6 @@
 
     python fig5_celeba_vae.py --scale demo     # synthetic faces, 2 minutes on 2 cores
     python fig5_celeba_vae.py --scale cpu      # CelebA, 7 hours on 2 cores
-    python fig5_celeba_vae.py --scale cpu --dataset synthetic --out results/synthetic
     python fig5_celeba_vae.py --gpu 0          # all of CelebA
 
 A classifier of a face's attributes is trained with L = cross-entropy + beta/N * I(w;D); z is its
@@ -13,13 +12,11 @@ Here p(x|z) is a VAE of faces alone, whose code u has a prior p(u|z) learned by 
 picture, <out>/*-faces.png: x, then for each beta three draws of one z. What all share with x, z
 holds. Measured on held-out faces: from draws, attributes (named in training), hair style, pose and
 background (not named), by a classifier trained on other faces; from z, nats by ridge regression.
-Control: white noise in z of the smallest beta, which knows no task, in the amount that costs the
-attributes as many nats as the penalty does.
+Control: white noise in z of beta = 0, which knows no task, in the amount that costs the attributes
+as many nats as the penalty does.
 """
-import hashlib
-import inspect
-import os
 from functools import lru_cache, partial
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -27,37 +24,204 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from common import (FACE_ELLIPSE, FACE_FACTORS, check, fmt, group_by, ib_loss, load_celeba,
-                    lr_factor, minibatches, ok_rows, param_groups, parse_args, per_seed,
-                    plot_points, predict, run_grid, sample_weights, save_panels, save_tables,
-                    summarise, synthetic_faces, to_stochastic, weight_information)
+from common import (FACE_ELLIPSE, FACE_FACTORS, accuracy, beta_at, cell_table, check, group_by,
+                    ib_loss, load_celeba, lr_factor, minibatches, ok_rows, param_groups,
+                    parse_args, per_seed, plot_points, predict, run_grid, sample_weights,
+                    save_panels, save_tables, summarise, synthetic_faces, to_stochastic,
+                    weight_information)
 
 # What a cell is trained and measured with, stored in its row. channels: of the classifier's maps,
-# the last one, 4x4, is z; vae, prior: channels, blocks; synthetic: training and test faces drawn
-# by code; components: of the pixels, for ridge regression; drawn: test faces with a draw measured.
-COMMON = dict(lr=0.002, lr_noise=0.04, lr_prior=0.0015, noise_steps=12)
+# the last one, 4x4, is z; vae, prior: channels, and of the prior blocks too; synthetic: training
+# and test faces drawn by code; components: of the pixels, for ridge regression; drawn: test faces
+# with a draw that is measured.
 SETTINGS = {
-    "demo": dict(size=32, channels=(16, 32, 32), vae=(32, 48), prior=(48, 1),
-                 synthetic=(6000, 1000), batch=32, components=50, drawn=300, classifier_steps=500,
-                 evaluator_steps=1000, vae_steps=500, prior_steps=700, draw_steps=12, **COMMON),
-    "cpu": dict(size=64, channels=(24, 48, 96, 64), vae=(48, 64), prior=(64, 1),
-                synthetic=(15_000, 2000), batch=64, components=100, drawn=500,
-                classifier_steps=1500, evaluator_steps=3000, vae_steps=1500, prior_steps=2000,
-                draw_steps=20, **COMMON),
-    "paper": dict(size=64, channels=(64, 128, 256, 128), vae=(96, 128), prior=(128, 2),
-                  synthetic=(30_000, 4000), batch=128, components=200, drawn=4000,
+    "demo": dict(size=32, channels=(16, 32, 32), vae=48, prior=(48, 2), synthetic=(4000, 600),
+                 batch=16, lr=0.008, lr_noise=0.1, classifier_steps=800, evaluator_steps=1000,
+                 vae_steps=800, prior_steps=600, draw_steps=10, drawn=300, components=50),
+    "cpu": dict(size=64, channels=(24, 48, 96, 64), vae=64, prior=(64, 2),
+                synthetic=(15_000, 2000), batch=32, lr=0.004, lr_noise=0.04,
+                classifier_steps=1500, evaluator_steps=3000, vae_steps=1500, prior_steps=1500,
+                draw_steps=20, drawn=500, components=100),
+    "paper": dict(size=64, channels=(64, 128, 256, 128), vae=128, prior=(128, 4),
+                  synthetic=(30_000, 4000), batch=128, lr=0.002, lr_noise=0.04,
                   classifier_steps=20_000, evaluator_steps=20_000, vae_steps=20_000,
-                  prior_steps=60_000, draw_steps=30, **COMMON),
+                  prior_steps=60_000, draw_steps=30, drawn=4000, components=200),
 }
-BETAS = (0.0, 0.03, 0.1, 0.3, 0.7, 2.0, 5.0, 10.0)  # 0: no penalty
-GRID = {"demo": (0.0, 0.3, 5.0), "cpu": BETAS, "paper": BETAS}
-CONTROLS = {"demo": (5.0,), "cpu": (0.1, 0.7, 2.0, 5.0), "paper": BETAS[1:]}  # betas of noise
+BETAS = (0.0, 0.03, 0.1, 0.3, 0.7, 2.0, 5.0, 10.0)
+GRID = {"demo": (0.0, 0.3, 5.0), "cpu": (0.0, 0.3, 2.0, 5.0), "paper": BETAS}
+ONE_SEED = {"demo": (), "cpu": (0.03, 0.1, 0.7, 10.0), "paper": ()}  # beta of seed 0 alone
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
 REAL = ["celeba", "synthetic"]
 DATASETS = {"demo": ["synthetic", "celeba"], "cpu": REAL, "paper": REAL}
 NOT_NAMED = ("hair_style", "pose", "background")  # factors that no attribute tells
+NOISE = np.geomspace(0.1, 10, 20).tolist()  # standard deviations, in those of z, of the control
 CODE = 4  # maps of the VAE's code u
 SHOWN, DRAWS = 6, 3  # faces in the picture, and draws of each for each beta
+
+
+def train_cell(cell, device, args, progress):
+    """Train a classifier and p(u|z), draw faces given z; what these and z itself tell of x."""
+    s, beta, seed = SETTINGS[args.scale], cell["beta"], cell["seed"]
+    data = args.scale, args.dataset, args.data_dir, device
+    images, attributes, factors, parts = load_faces(*data)
+    train, test = parts["train"], parts["test"]
+    vae, evaluator = shared_networks(*data)
+    torch.manual_seed(seed)
+
+    classifier = train_classifier(images, attributes, parts["classifier"], beta, s, progress)
+    with sample_weights(classifier):  # z ~ p(z|x)
+        # weights are resampled for every eight faces, as one face alone costs nearly as much
+        z = map_faces(classifier[0], images, train, batch=8)
+        z_test = map_faces(classifier[0], images, test, batch=8)
+        logits = predict(classifier[1], z_test)
+    mean, std = z.mean(0), z.std(0) + 1e-6
+    z, z_test = (z - mean) / std, (z_test - mean) / std
+
+    prior = train_prior(map_faces(vae.encoder, images, train), z, s, progress)
+
+    def draw(z):
+        u = prior.draw(z, s["draw_steps"])
+        return vae.decoder(u).clamp(-1, 1)
+
+    some = test[:s["drawn"]]
+    x, drawn = take(images, some), predict(draw, z_test[:len(some)])
+    shown = [x[:SHOWN]] + [predict(draw, z_test[:SHOWN]) for _ in range(DRAWS)]
+    shown = (torch.stack(shown) * 127.5 + 127.5).round().to(torch.uint8)
+    torch.save(shown.cpu(), faces_file(args, beta, seed))
+
+    majority = attributes[parts["classifier"]].float().mean(0) - 0.5
+    row = {"n": len(parts["classifier"]) // 2,  # without mirror images
+           "information": weight_information(classifier).item(),
+           "attribute_acc": agreement(logits, attributes[test]),
+           "majority_acc": agreement(majority, attributes[test])}
+    row |= colours_kept(x, drawn, args.dataset)
+    row |= read_from_draws(predict(evaluator, drawn), attributes, factors, some)
+    targets = ridge_targets(images, attributes, factors, parts, args.dataset, s["components"])
+    z = z[:len(z) // 2]  # without mirror images
+    row |= measure_z(z, z_test, targets)
+    if beta == 0:
+        row["noise"] = measure_noise(z, z_test, targets)
+    return row
+
+
+def train_classifier(images, attributes, rows, beta, s, progress):
+    """A stochastic classifier of the faces in these rows."""
+    model = to_stochastic(attribute_classifier(s["channels"], attributes.shape[1]))
+    model.to(images.device, memory_format=torch.channels_last)  # faster on a CPU
+    n = len(rows) // 2  # a mirror image is no sample of its own
+
+    def loss_at(index, t):
+        logits = model(take(images, index))
+        beta_now = beta_at(t, beta, 0)  # raised slowly, else a large beta stops all learning
+        return ib_loss(logits, attributes[index], model, beta_now, n, attributes=True)[0]  # eq. 3
+
+    return minimise(model, loss_at, rows, s["classifier_steps"], s, progress)
+
+
+def train_prior(u, z, s, progress):
+    """p(u|z), from codes u of faces and their z."""
+    prior = Prior(*s["prior"], u.shape[2], z.shape[1])
+    prior.to(u.device, memory_format=torch.channels_last)
+
+    def loss_at(index, t):
+        return prior.loss(u[index], z[index])
+
+    rows = torch.arange(len(u), device=u.device)
+    return minimise(prior, loss_at, rows, s["prior_steps"], s, progress, hold=0.5)
+
+
+def minimise(model, loss_at, rows, steps, s, progress=None, hold=0.8):
+    """Minimise loss_at(minibatch of rows, fraction of the steps done) by Adam."""
+    optimizer = torch.optim.Adam(param_groups(model, s["lr"], s["lr_noise"]), fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step / steps, hold))
+    model.train()
+    for step, index in zip(range(steps), minibatches(len(rows), s["batch"], rows.device)):
+        loss = loss_at(rows[index], step / steps)
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        if progress and (step % 50 == 0 or step == steps - 1):
+            progress(step, steps, loss.item())
+    return model.eval()
+
+
+@lru_cache(maxsize=1)
+def shared_networks(scale, *data):
+    """The VAE of faces, and a classifier of attributes and factors that evaluates its draws.
+
+    All cells are measured with one pair: trained once in each process, from the same seed.
+    """
+    s, (images, attributes, factors, parts) = SETTINGS[scale], load_faces(scale, *data)
+    labels = torch.cat([attributes, *factors.values()], 1).float()
+    torch.manual_seed(1_000_000)  # of no cell
+    vae, evaluator = VAE(s["vae"]), attribute_classifier(s["channels"], labels.shape[1])
+    for net in (vae, evaluator):
+        net.to(images.device, memory_format=torch.channels_last)
+
+    def vae_loss(index, t):
+        return vae.loss(take(images, index))
+
+    def evaluator_loss(index, t):
+        logits = evaluator(take(images, index))
+        return F.binary_cross_entropy_with_logits(logits, labels[index])
+
+    minimise(vae, vae_loss, parts["train"], s["vae_steps"], s)
+    minimise(evaluator, evaluator_loss, parts["evaluation"], s["evaluator_steps"], s)
+    return vae, evaluator
+
+
+def load_data(args):
+    return load_faces(args.scale, args.dataset, args.data_dir, torch.device("cpu"))
+
+
+@lru_cache(maxsize=1)
+def load_faces(scale, dataset, data_dir, device):
+    """Images uint8, attributes 0/1 (2n, a), {factor: one-hot (2n, k)}, {part: its rows}.
+
+    Row n + i is the mirror image of row i. CelebA has no factors.
+    """
+    s, values = SETTINGS[scale], {}
+    if dataset == "synthetic":
+        n_train, n_test = s["synthetic"]
+        images, attributes, values = synthetic_faces(n_train + n_test, seed=0)
+        partition = 2 * (torch.arange(len(images)) >= n_train)
+    else:
+        images, attributes, _, partition = load_celeba(data_dir)
+    factors = {}
+    for name, value in values.items():
+        factors[name] = F.one_hot(value.repeat(2), FACE_FACTORS[name]).to(device)
+    if s["size"] < 64:
+        small = [F.avg_pool2d(part.float(), 64 // s["size"]) for part in images.split(1000)]
+        images = torch.cat(small).round().to(torch.uint8)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    train, validation, test = (order[partition[order] == part].to(device) for part in range(3))
+    third = len(train) // 3  # for the evaluation classifier, which is to be independent
+    parts = {"train": train, "classifier": train[third:],
+             "evaluation": torch.cat([train[:third], validation])}
+    for name, rows in parts.items():
+        parts[name] = torch.cat([rows, rows + len(images)])
+    parts["test"] = test[:4000]
+    return images.to(device), attributes.repeat(2, 1).to(device), factors, parts
+
+
+def take(images, rows):
+    """Images as floats from -1 to 1; rows beyond their number are mirror images."""
+    x, mirrored = images[rows % len(images)], rows >= len(images)
+    x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
+    return (x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def map_faces(function, images, rows, batch=100):
+    """function(faces in these rows), in batches."""
+    return torch.cat([function(take(images, part)) for part in rows.split(batch)])
+
+
+def faces_file(args, beta, seed):
+    return args.out / f"{args.figure}-{args.scale}-faces-{args.dataset}-{beta:g}-{seed}.pt"
 
 
 class Residual(nn.Module):
@@ -89,27 +253,24 @@ def attribute_classifier(channels, outputs):
 
 
 class VAE(nn.Module):
-    """Encoder q(u|x) and decoder of faces x (n, 3, s, s), with a code u (n, CODE, s/4, s/4)."""
+    """Faces x (n, 3, s, s) to codes u (n, CODE, s/4, s/4), and back; q(u|x) = N(encoder(x), 0.2^2).
 
-    def __init__(self, narrow, wide):
+    Batch norm gives the codes unit variance, so that KL(q(u|x) || N(0, I)) is a constant.
+    """
+
+    def __init__(self, width):
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(2), nn.Conv2d(12, narrow, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(narrow, wide, 3, 2, 1), Residual(wide), nn.Conv2d(wide, 2 * CODE, 1))
+            nn.PixelUnshuffle(4), nn.Conv2d(48, width, 3, padding=1), Residual(width),
+            nn.Conv2d(width, CODE, 1), nn.BatchNorm2d(CODE, affine=False))
         self.decoder = nn.Sequential(
-            nn.Conv2d(CODE, wide, 3, padding=1), Residual(wide),
-            nn.ConvTranspose2d(wide, narrow, 4, 2, 1), nn.SiLU(),
-            nn.Conv2d(narrow, 12, 3, padding=1), nn.PixelShuffle(2))
-
-    def encode(self, x):
-        return self.encoder(x)[:, :CODE]
+            nn.Conv2d(CODE, width, 3, padding=1), Residual(width),
+            nn.Conv2d(width, 48, 3, padding=1), nn.PixelShuffle(4))
 
     def loss(self, x):
-        mean, log_sigma2 = self.encoder(x).chunk(2, 1)
-        error = self.decoder(mean + (log_sigma2 / 2).exp() * torch.randn_like(mean)) - x
-        kl = (mean**2 + log_sigma2.exp() - log_sigma2 - 1).sum() / 2
-        # the absolute error keeps edges sharp; a small KL suffices, as the prior of u is learned
-        return error.square().mean() / 0.01 + error.abs().mean() / 0.05 + 0.3 * kl / x.numel()
+        u = self.encoder(x)
+        error = self.decoder(u + 0.2 * torch.randn_like(u)) - x
+        return error.square().mean() + 0.2 * error.abs().mean()  # the latter keeps edges sharp
 
 
 class Prior(nn.Module):
@@ -117,33 +278,25 @@ class Prior(nn.Module):
 
     def __init__(self, width, blocks, side, z_channels):
         super().__init__()
-        self.side = side
         self.see = nn.Conv2d(z_channels, width, 3, padding=1)
         self.time = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width))
         self.positions = nn.Parameter(torch.zeros(1, width, side, side))
         self.input = nn.Conv2d(CODE, width, 3, padding=1)
         self.down = nn.Conv2d(width, width, 3, 2, 1)
         self.up = nn.ConvTranspose2d(width, width, 4, 2, 1)
-        self.before, self.low, self.after = (
-            nn.ModuleList(Residual(width, width) for _ in range(count))
-            for count in (blocks, 2, blocks))
+        self.blocks = nn.ModuleList(Residual(width, width) for _ in range(blocks + 2))
         self.output = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(),
                                     nn.Conv2d(width, CODE, 3, padding=1))
 
     def forward(self, u, t, z):
+        first, *low, last = self.blocks
         waves = torch.cos(torch.pi * t[:, None] * torch.arange(16, device=u.device))
-        z = self.see(z)
-        condition = z + self.time(waves)[:, :, None, None]
-        h = self.input(u) + self.positions + F.interpolate(z, u.shape[2:])
-        for block in self.before:
-            h = block(h, condition)
-        low = self.down(h)
-        for block in self.low:
-            low = block(low, condition)
-        h = h + self.up(low)
-        for block in self.after:
-            h = block(h, condition)
-        return self.output(h)
+        condition = self.see(z) + self.time(waves)[:, :, None, None]
+        h = first(self.input(u) + self.positions, condition)
+        below = self.down(h)
+        for block in low:
+            below = block(below, condition)
+        return self.output(last(h + self.up(below), condition))
 
     def loss(self, u, z):
         t = torch.randn(len(u), device=u.device).sigmoid()  # seldom near 0 and 1, which are easy
@@ -153,7 +306,7 @@ class Prior(nn.Module):
 
     def draw(self, z, steps):
         """u ~ p(u|z) (n, CODE, side, side), by the midpoint rule from t = 0 to 1."""
-        u = torch.randn(len(z), CODE, self.side, self.side, device=z.device)
+        u = torch.randn(len(z), CODE, *self.positions.shape[2:], device=z.device)
         for step in range(steps):
             t = torch.full((len(z),), step / steps, device=z.device)
             middle = u + self(u, t, z) / (2 * steps)
@@ -161,221 +314,45 @@ class Prior(nn.Module):
         return u
 
 
-def load_data(args, device=torch.device("cpu")):
-    return load_faces(args.scale, args.dataset, args.data_dir, device)
-
-
-@lru_cache(maxsize=1)
-def load_faces(scale, dataset, data_dir, device):
-    """Images uint8, attributes 0/1 (n, a), factors one-hot (n, k), {part: indices of its images}.
-
-    The synthetic FACE_FACTORS stand side by side; CelebA has none, k = 0.
-    """
-    s = SETTINGS[scale]
-    if dataset == "synthetic":
-        n_train, n_test = s["synthetic"]
-        images, attributes, values = synthetic_faces(n_train + n_test, seed=0)
-        factors = torch.cat([F.one_hot(values[k], FACE_FACTORS[k]) for k in FACE_FACTORS], 1)
-        partition = 2 * (torch.arange(len(images)) >= n_train)
-    else:
-        images, attributes, _, partition = load_celeba(data_dir)
-        factors = attributes[:, :0]
-    if s["size"] < 64:
-        small = [F.avg_pool2d(part.float(), 64 // s["size"]) for part in images.split(1000)]
-        images = torch.cat(small).round().to(torch.uint8)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    train, validation, test = (order[partition[order] == part].to(device) for part in range(3))
-    third = len(train) // 3  # for the evaluation classifier, which is to be independent
-    return images.to(device), attributes.to(device), factors.to(device), {
-        "train": train, "evaluation": torch.cat([train[:third], validation]),
-        "classifier": train[third:], "test": test[:4000]}
-
-
-def take(images, rows, index):
-    """Images rows[index], from -1 to 1; an index beyond len(rows) gives a mirror image."""
-    x = images[rows[index % len(rows)]]
-    x = torch.where((index < len(rows)).view(-1, 1, 1, 1), x, x.flip(3))
-    return (x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-
-
-def minimise(model, loss_at, n, batch, steps, progress, lr, lr_noise=0, hold=0.8):
-    """Minimise loss_at(minibatch of the indices below n, fraction of the steps done) by Adam."""
-    optimizer = torch.optim.Adam(param_groups(model, lr, lr_noise), fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step / steps, hold))
-    model.train()
-    for step, index in zip(range(steps), minibatches(n, batch, next(model.parameters()).device)):
-        loss = loss_at(index, step / steps)
-
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        if step % 50 == 0 or step == steps - 1:
-            progress(step, steps, loss.item())
-    return model.eval()
-
-
-def train_classifier(images, labels, rows, beta, s, progress):
-    """A stochastic classifier of these rows and their mirror images."""
-    model = to_stochastic(attribute_classifier(s["channels"], labels.shape[1]))
-    model.to(images.device, memory_format=torch.channels_last)  # faster on a CPU
-
-    def loss_at(index, t):
-        logits, target = model(take(images, rows, index)), labels[rows[index % len(rows)]]
-        beta_now = beta * min(1, t / 0.4)  # raised slowly, else a large beta stops all learning
-        return ib_loss(logits, target, model, beta_now, len(rows), attributes=True)[0]  # eq. 3
-    return minimise(model, loss_at, 2 * len(rows), s["batch"], s["classifier_steps"], progress,
-                    s["lr"], s["lr_noise"])
-
-
-@torch.no_grad()
-def draw_z(classifier, images, rows, n):
-    """z ~ p(z|x), half (n, c, 4, 4), and logits (n, a), weights resampled for every eight faces."""
-    with sample_weights(classifier.eval()):
-        drawn = []
-        # eight, as a forward of one face costs nearly as much; in half, as all z are kept
-        for index in torch.arange(n, device=images.device).split(8):
-            z = classifier[0](take(images, rows, index))
-            drawn.append((z.half(), classifier[1](z)))
-    return [torch.cat(parts) for parts in zip(*drawn)]
-
-
-def train_cell(cell, device, args, progress):
-    """Train the classifier, then measure its z, and by draws of faces unless it is a control."""
-    s, beta, seed = SETTINGS[args.scale], cell["beta"], cell["seed"]
-    images, attributes, factors, parts = data = load_data(args, device)
-    targets = ridge_targets(data, args.dataset, s["components"])
-
-    def representation(beta):
-        """Classifier, z of training faces and their mirror images, z and logits of test faces."""
-        torch.manual_seed(seed)
-        classifier = train_classifier(images, attributes, parts["classifier"], beta, s, progress)
-        z, _ = draw_z(classifier, images, parts["train"], 2 * len(parts["train"]))
-        return classifier, z, *draw_z(classifier, images, parts["test"], len(parts["test"]))
-    classifier, z, z_test, logits = representation(beta)
-    row = {"n": len(parts["classifier"])}
-    if cell.get("control") == "noise":
-        nats = measure_z(z, z_test, targets)["attribute_nats"]
-        # the same network as in the cell of the smallest beta, by its seed
-        classifier, z, z_test, _ = representation(min(BETAS))
-        row["noise"] = noise_that_leaves(nats, z, z_test, targets, s["noise_steps"])
-        z, z_test = add_noise(row["noise"], z, z_test)
-        logits = predict(classifier[1], z_test)
-    else:
-        row |= measure_draws(z, z_test, data, beta, seed, args, progress)
-    majority = attributes[parts["classifier"]].float().mean(0) - 0.5
-    return row | measure_z(z, z_test, targets) | {
-        "information": weight_information(classifier).item(),
-        "attribute_acc": agreement(logits, attributes[parts["test"]]),
-        "majority_acc": agreement(majority, attributes[parts["test"]])}
-
-
-def measure_draws(z, z_test, data, beta, seed, args, progress):
-    """Train p(u|z), draw faces given z_test, keep some for the picture; what they say."""
-    s, (images, attributes, factors, parts) = SETTINGS[args.scale], data
-    train, test, device = parts["train"], parts["test"][:s["drawn"]], images.device
-    vae, evaluator = shared_networks(args, seed, data, progress)
-    torch.manual_seed(seed)  # the networks may have been read from their file
-    mirrored = torch.arange(2 * len(train), device=device)  # in the order of z
-    with torch.no_grad():
-        codes = [vae.encode(take(images, train, index)) for index in mirrored.split(100)]
-    u = torch.cat(codes)
-    # the flow starts from N(0, I): give u its scale
-    mean, std = u.mean((0, 2, 3), keepdim=True), u.std((0, 2, 3), keepdim=True)
-    u, centre, scale = (u - mean) / std, z.float().mean(0), z.float().std(0) + 1e-6
-    prior = Prior(*s["prior"], s["size"] // 4, z.shape[1])
-    prior.to(device, memory_format=torch.channels_last)
-
-    def prior_loss(index, t):
-        return prior.loss(u[index], (z[index].float() - centre) / scale)
-
-    def draw(z):
-        code = prior.draw((z.float() - centre) / scale, s["draw_steps"])
-        return vae.decoder(code * std + mean).clamp(-1, 1)
-    minimise(prior, prior_loss, len(u), s["batch"], s["prior_steps"], progress, s["lr_prior"],
-             hold=0.5)
-    x = take(images, test, torch.arange(len(test), device=device))
-    drawn = predict(draw, z_test[:len(test)])
-    with torch.no_grad():
-        shown = torch.stack([x[:SHOWN]] + [draw(z_test[:SHOWN]) for _ in range(DRAWS)])
-    pixels = (shown * 127.5 + 127.5).round().to(torch.uint8)
-    save(pixels.cpu(), file_of(args, "faces", beta, seed))
-
-    decoded = predict(vae.decoder, predict(vae.encode, x))
-    row = {"reconstruction_mse": (decoded - x).square().mean().item()}
-    labels = torch.cat([attributes, factors], 1)[test]
-    for name, faces in (("original", x), ("decoded", decoded), ("drawn", drawn)):
-        for key, value in read(predict(evaluator, faces), labels, attributes.shape[1]).items():
-            row[f"{name}_{key}"] = value
-    for name, mask in masks(args.dataset, s["size"], device).items():
-        here, there = x[:, :, mask], drawn[:, :, mask]
-        row[f"kept_{name}"] = share_kept(here.flatten(1), there.flatten(1))
-        row[f"kept_{name}_colour"] = share_kept(here.mean(2), there.mean(2))
-    return row
-
-
-def shared_networks(args, seed, data, progress):
-    """The VAE of all training faces, and a classifier of attributes and factors of other faces.
-
-    Trained once per data set, scale and seed, and kept in --out for the other cells.
-    """
-    s, (images, attributes, factors, parts) = SETTINGS[args.scale], data
-    labels, device = torch.cat([attributes, factors], 1), images.device
-    torch.manual_seed(seed + 1_000_000)
-    vae, evaluator = VAE(*s["vae"]), attribute_classifier(s["channels"], labels.shape[1])
-    for net in (vae, evaluator):
-        net.to(device, memory_format=torch.channels_last)
-    code = [inspect.getsource(part) for part in (VAE, Residual, attribute_classifier, minimise)]
-    # other code trains other networks: they are not to be mixed in one grid
-    path = file_of(args, "networks", seed, device.type, code)
-    if path.exists():
-        for net, state in zip((vae, evaluator), torch.load(path, map_location="cpu")):
-            net.load_state_dict(state)
-        return vae.eval(), evaluator.eval()
-
-    def label_loss(index, t):
-        rows = parts["evaluation"]
-        logits, target = evaluator(take(images, rows, index)), labels[rows[index % len(rows)]]
-        return F.binary_cross_entropy_with_logits(logits, target.float())
-
-    def vae_loss(index, t):
-        return vae.loss(take(images, parts["train"], index))
-    for net, loss, part, steps in ((evaluator, label_loss, "evaluation", s["evaluator_steps"]),
-                                   (vae, vae_loss, "train", s["vae_steps"])):
-        minimise(net, loss, 2 * len(parts[part]), s["batch"], steps, progress, s["lr"])
-    states = [{name: v.cpu() for name, v in net.state_dict().items()} for net in (vae, evaluator)]
-    save(states, path)
-    return vae, evaluator
-
-
-def file_of(args, name, *key):
-    """A file in --out that belongs to these settings, data set and key."""
-    text = repr((SETTINGS[args.scale], args.dataset, key))
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return args.out / f"{args.figure}-{args.scale}-{name}-{digest}.pt"
-
-
-def save(thing, path):
-    """Write a file in one step: other processes find all of it or nothing."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    torch.save(thing, temporary)
-    os.replace(temporary, path)
-
-
 def agreement(logits, y):
     """Fraction of logits (n, a) whose sign is that of the 0/1 attributes y (n, a)."""
     return ((logits > 0) == y.bool()).float().mean().item()
 
 
-def read(scores, labels, attributes):
-    """Accuracy of the attributes, the first columns, and of each factor that follows."""
-    found = {"attributes": agreement(scores[:, :attributes], labels[:, :attributes])}
-    if labels.shape[1] > attributes:
-        guesses, true = (part[:, attributes:].split(list(FACE_FACTORS.values()), 1)
-                         for part in (scores, labels))
-        for name, guess, value in zip(FACE_FACTORS, guesses, true):
-            found[name] = (guess.argmax(1) == value.argmax(1)).float().mean().item()
+def read_from_draws(logits, attributes, factors, rows):
+    """Accuracy of the attributes and factors of rows, in the evaluation classifier's logits."""
+    widths = [attributes.shape[1]]
+    for value in factors.values():
+        widths.append(value.shape[1])
+    first, *others = logits.split(widths, 1)
+    found = {"drawn_attributes": agreement(first, attributes[rows])}
+    for (name, value), scores in zip(factors.items(), others):
+        found[f"drawn_{name}"] = accuracy(scores, value[rows].argmax(1))
+    return found
+
+
+HAIR = {"synthetic": (-0.58, -0.42), "celeba": (-0.85, -0.6)}  # rows, from -1 to 1
+SKIN = (0.15, 0.3)  # rows below eyes and glasses, above the mouth
+
+
+def regions(dataset, size, device):
+    """{region: its pixels, bool (size, size)}."""
+    axis = (torch.arange(size, device=device) + 0.5) * 2 / size - 1
+    across, down = axis.expand(size, size), axis[:, None].expand(size, size)
+    outside = torch.hypot(across / FACE_ELLIPSE[0], down / FACE_ELLIPSE[1]) > 1
+    found = {"picture": torch.ones_like(outside), "outside": outside, "inside": ~outside}
+    for name, (top, bottom) in (("hair", HAIR[dataset]), ("skin", SKIN)):
+        found[name] = (across.abs() < 0.2) & (down > top) & (down < bottom)
+    return found
+
+
+def colours_kept(x, drawn, dataset):
+    """share_kept of the pixels, and of the mean colour of three regions."""
+    found = {"kept_picture": share_kept(x.flatten(1), drawn.flatten(1))}
+    masks = regions(dataset, x.shape[2], x.device)
+    for name in ("outside", "hair", "skin"):
+        mask = masks[name]
+        found[f"kept_{name}_colour"] = share_kept(x[:, :, mask].mean(2), drawn[:, :, mask].mean(2))
     return found
 
 
@@ -388,20 +365,52 @@ def share_kept(x, drawn):
     return 1 - ((x - drawn).square().mean(0).sum() / other.sum()).item()
 
 
-HAIR = {"synthetic": (-0.58, -0.42), "celeba": (-0.85, -0.6)}  # rows, from -1 to 1
-SKIN = (0.15, 0.3)  # rows below eyes and glasses, above the mouth
+def ridge_targets(images, attributes, factors, parts, dataset, components):
+    """{measure: training and test values (n, k), of mean 0 in training}; of pixels components."""
+    train = parts["train"][:len(parts["train"]) // 2]  # without mirror images
+    few, values = train[:4000], {"attribute_nats": attributes}
+    if factors:
+        values["not_named_nats"] = torch.cat([factors[name] for name in NOT_NAMED], 1)
+    masks = regions(dataset, images.shape[2], images.device)
+    torch.manual_seed(0)  # of svd_lowrank, so that all cells have the same components
+    for ending, region in (("", "picture"), ("_outside", "outside"), ("_inside", "inside")):
+        pixels = images[:, :, masks[region]].flatten(1)
+        mean = pixels[few].float().mean(0)
+        basis = torch.svd_lowrank(pixels[few] - mean, components, niter=4)[2]
+        projected = [(part - mean) @ basis for part in pixels.split(500)]
+        values[f"picture_nats{ending}"] = torch.cat(projected)
+    targets = {}
+    for name, value in values.items():
+        centred = value.float() - value[train].float().mean(0)
+        targets[name] = centred[train], centred[parts["test"]]
+    return targets
 
 
-def masks(dataset, size, device):
-    """{region: its pixels, bool (size, size)}."""
-    axis = (torch.arange(size, device=device) + 0.5) * 2 / size - 1
-    across, down = axis.expand(size, size), axis[:, None].expand(size, size)
-    outside = torch.hypot(across / FACE_ELLIPSE[0], down / FACE_ELLIPSE[1]) > 1
+def measure_z(z, z_test, targets):
+    """{measure: nats of its targets that ridge regression reads from z}, on test faces.
 
-    def patch(top, bottom):
-        return (across.abs() < 0.2) & (down > top) & (down < bottom)
-    return {"picture": outside | True, "outside": outside, "inside": ~outside,
-            "hair": patch(*HAIR[dataset]), "skin": patch(*SKIN)}
+    -1/2 sum log(1 - R^2) over the columns of a target: a lower bound of I(z;target) if it is
+    Gaussian, with uncorrelated columns; attributes are not.
+    """
+    known = torch.cat([train for train, _ in targets.values()], 1)
+    predicted = ridge(z.flatten(1), known, z_test.flatten(1))
+    nats, start = {}, 0
+    for name, (_, test) in targets.items():
+        end = start + test.shape[1]
+        unexplained = (test - predicted[:, start:end]).square().mean(0) / test.square().mean(0)
+        nats[name] = -0.5 * unexplained.log().sum().item()
+        start = end
+    return nats
+
+
+def measure_noise(z, z_test, targets):
+    """measure_z under white noise of each standard deviation in NOISE: a list of dicts."""
+    noise, noise_test = torch.randn_like(z), torch.randn_like(z_test)
+    rows = []
+    for std in NOISE:
+        nats = measure_z(z + std * noise, z_test + std * noise_test, targets)
+        rows.append({"std": std} | nats)
+    return rows
 
 
 def ridge(z, target, z_test):
@@ -409,8 +418,8 @@ def ridge(z, target, z_test):
 
     Each column has the penalty of least leave-one-out error.
     """
-    offset, scale, centre = z.mean(0), z.std(0) + 1e-6, target.mean(0)
-    z, target = (z - offset) / scale, target - centre
+    mean, std, centre = z.mean(0), z.std(0) + 1e-6, target.mean(0)
+    z, target = (z - mean) / std, target - centre
     values, vectors = torch.linalg.eigh(z.T @ z)
     scores, errors, weights = z @ vectors, [], []
     for penalty in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10):
@@ -419,72 +428,15 @@ def ridge(z, target, z_test):
         leverage = scores.square() @ shrunk + 1 / len(z)
         left_out = (target - scores @ weights[-1].T) / (1 - leverage[:, None])
         errors.append(left_out.square().mean(0))
-    best, column = torch.stack(errors).argmin(0), torch.arange(len(centre), device=z.device)
-    return centre + (z_test - offset) / scale @ vectors @ torch.stack(weights)[best, column].T
+    best = torch.stack(errors).argmin(0)
+    weight = torch.stack(weights)[best, torch.arange(len(best), device=z.device)]
+    return centre + (z_test - mean) / std @ vectors @ weight.T
 
 
-def gaussian_nats(target, predicted):
-    """-1/2 sum log(1 - R^2) over the columns of a target (m, k) that has mean 0 in training.
-
-    A lower bound of I(z;target) if it is Gaussian, with uncorrelated columns; attributes are not.
-    """
-    unexplained = (target - predicted).square().mean(0) / target.square().mean(0)
-    return -0.5 * unexplained.log().sum().item()
-
-
-def ridge_targets(data, dataset, components):
-    """{measure: training and test values (n, k), of mean 0 in training}; of pixels components."""
-    images, attributes, factors, parts = data
-    train, few = parts["train"], parts["train"][:4000]
-    values = {"attribute_nats": attributes.float()}
-    if factors.shape[1]:
-        by_name = dict(zip(FACE_FACTORS, factors.float().split(list(FACE_FACTORS.values()), 1)))
-        values["not_named_nats"] = torch.cat([by_name[name] for name in NOT_NAMED], 1)
-    regions = masks(dataset, images.shape[2], images.device)
-    torch.manual_seed(0)  # of svd_lowrank, so that all cells have the same components
-    for name, region in (("", "picture"), ("_outside", "outside"), ("_inside", "inside")):
-        mask = regions[region].expand(images.shape[1:]).flatten()
-        mean = images[few].flatten(1)[:, mask].float().mean(0)
-        basis = torch.svd_lowrank(images[few].flatten(1)[:, mask] - mean, components, niter=4)[2]
-        projected = [(part.flatten(1)[:, mask] - mean) @ basis for part in images.split(500)]
-        values[f"picture_nats{name}"] = torch.cat(projected)
-    return {name: (v[train] - v[train].mean(0), v[parts["test"]] - v[train].mean(0))
-            for name, v in values.items()}
-
-
-def measure_z(z, z_test, targets):
-    """{measure: nats of its targets that ridge regression reads from z}, on test faces."""
-    known = torch.cat([train for train, _ in targets.values()], 1)
-    z = z[:len(known)]  # without the mirror images
-    predicted = ridge(z.flatten(1).float(), known, z_test.flatten(1).float())
-    row, start = {}, 0
-    for name, (_, test) in targets.items():
-        end = start + test.shape[1]
-        row[name] = gaussian_nats(test, predicted[:, start:end])
-        start = end
-    return row
-
-
-def add_noise(noise, z, z_test):
-    """Both with white noise, whose standard deviation is noise times that of each unit of z."""
-    torch.manual_seed(0)  # the same draw whatever the amount, so that the bisection converges
-    std = z.float().std(0)
-    return [part.float() + noise * std * torch.randn_like(std.expand_as(part))
-            for part in (z, z_test)]
-
-
-def noise_that_leaves(nats, z, z_test, targets, steps):
-    """The noise under which as many nats of the attributes are read from z, by bisection."""
-    targets = {"attribute_nats": targets["attribute_nats"]}
-    z, low, high = z[:len(targets["attribute_nats"][0])], 1e-3, 30.0
-    for _ in range(steps):
-        middle = (low * high) ** 0.5
-        left = measure_z(*add_noise(middle, z, z_test), targets)["attribute_nats"]
-        low, high = (middle, high) if left > nats else (low, middle)
-    return low
-
+# --- What follows from rows
 
 LARGE = 5.0  # the beta of which most claims speak
+TRIED = (0.1, 0.7, 2.0, 5.0)  # the beta at which the penalty is compared with noise
 NATS = {"attribute_nats": "attributes", "picture_nats": "pixels",
         "picture_nats_outside": "pixels of the background", "not_named_nats": "factors not named"}
 
@@ -494,6 +446,7 @@ def excess(accuracy, chance):
 
 
 def named(row):
+    """How much draws keep of the attributes: the excess of their accuracy over the majority's."""
     return excess(row["drawn_attributes"], row["majority_acc"])
 
 
@@ -504,77 +457,34 @@ def not_named(row):
     return np.mean([excess(row[f"drawn_{name}"], 1 / FACE_FACTORS[name]) for name in NOT_NAMED])
 
 
+def under_noise(base, nats, key):
+    """What is left of key where white noise in z of the row base leaves so many attribute nats.
+
+    Between two amounts of noise it is linear in the attribute nats.
+    """
+    levels = sorted([base, *base["noise"]], key=itemgetter("attribute_nats"))
+    attribute_nats = [level["attribute_nats"] for level in levels]
+    return np.interp(nats, attribute_nats, [level[key] for level in levels], left=np.nan)
+
+
 def add_shares(rows):
-    """The rows of seeds that have the smallest beta, with shares of what is kept there."""
+    """The rows of seeds that have beta = 0, with shares of what is kept there."""
     found = []
-    for own in group_by(ok_rows(rows), "seed").values():
-        for base in ok_rows(own, beta=min(BETAS)):
-            for row in own:
-                shares = {f"share_{key}": row[key] / base[key] for key in NATS if key in row}
-                if "control" not in row:
-                    shares["share_named"] = named(row) / named(base)
-                    shares["share_not_named"] = not_named(row) / not_named(base)
-                found.append(row | shares)
+    for own in group_by(rows, "seed").values():
+        for base in ok_rows(own, beta=0.0):
+            found += [row | shares(row, base) for row in own]
     return found
 
 
-def beta_panel(ax, rows, title, curves, style="o-"):
-    """Curves {key: label} of rows against beta."""
-    for number, (key, label) in enumerate(curves.items()):
-        if key in rows[0]:
-            plot_points(ax, summarise(rows, "beta", key), style, color=f"C{number}", label=label)
-    betas = sorted({row["beta"] for row in rows})
-    ax.set_xscale("symlog", linthresh=0.03, linscale=0.3)  # shows beta = 0
-    ax.set_xticks(betas, [f"{beta:g}" for beta in betas])
-    ax.minorticks_off()
-    ax.set(xlabel="β", title=title)
-    ax.legend()
-
-
-def nats_panel(ax, rows, control):
-    """Penalty, and dotted white noise that leaves the attributes as many nats."""
-    if control:
-        noise = {f"share_{key}": f"{label}, noise in z" for key, label in NATS.items()}
-        beta_panel(ax, control, "", noise, "s:")
-    beta_panel(ax, rows, "nats read from z, share of those at β = 0",
-               {f"share_{key}": label for key, label in NATS.items()})
-
-
-def plot(rows, control, args):
-    panels = []
-    if len({row["beta"] for row in rows}) > 1:
-        panels = [
-            partial(beta_panel, rows=rows, title="excess over chance in draws, share of β = 0's",
-                    curves={"share_named": "attributes (named)", "share_not_named": "not named"}),
-            partial(beta_panel, rows=rows, title="share of variance that draws keep",
-                    curves={"kept_outside_colour": "colour of the background",
-                            "kept_hair_colour": "colour of the hair",
-                            "kept_skin_colour": "colour of the skin", "kept_picture": "pixels"}),
-            partial(nats_panel, rows=rows, control=control)]
-    save_panels(panels, f"Fig. 5: {args.dataset}, scale {args.scale}", args)
-
-
-def plot_faces(rows, args):
-    """The paper's figure, <out>/<figure>-<scale>-faces.png, of the first seed's faces there are."""
-    from matplotlib.figure import Figure
-    files = {row["beta"]: file_of(args, "faces", row["beta"], row["seed"])
-             for row in rows if row["seed"] == rows[0]["seed"]}
-    faces = {beta: torch.load(path) for beta, path in sorted(files.items()) if path.exists()}
-    if not faces:
-        return
-    columns = {"x": next(iter(faces.values()))[:1]}
-    for beta, pictures in faces.items():
-        columns[f"β = {beta:g}"] = pictures[1:]
-    widths = [len(pictures) for pictures in columns.values()]
-    fig = Figure(figsize=(0.6 * sum(widths) + 0.6, 0.6 * SHOWN + 0.8), layout="constrained")
-    axes = fig.subplots(1, len(widths), width_ratios=widths)
-    for ax, (title, pictures) in zip(axes, columns.items()):
-        ax.imshow(rearrange(pictures, "draw face c h w -> (face h) (draw w) c"))
-        ax.set_title(title)
-        ax.axis("off")
-    fig.supxlabel("Three draws of one z for each β:\nwhat all share with x, z holds; what differs "
-                  "is filled in", fontsize=9)
-    fig.savefig(args.out / f"{args.figure}-{args.scale}-faces.png", dpi=150)
+def shares(row, base):
+    """What a row keeps, as shares of what its seed keeps at beta = 0; noise_: white noise does."""
+    found = {"share_named": named(row) / named(base),
+             "share_not_named": not_named(row) / not_named(base)}
+    for key in NATS:
+        if key in row:
+            found[f"share_{key}"] = row[key] / base[key]
+            found[f"noise_{key}"] = under_noise(base, row["attribute_nats"], key) / base[key]
+    return found
 
 
 def named_at_half(rows):
@@ -585,86 +495,143 @@ def named_at_half(rows):
     return np.nan
 
 
-def beyond_noise(rows, control, key):
+def beyond_noise(rows, key):
     """{"β = 2:": share under the penalty minus that under noise, per seed}."""
     found = {}
-    for (beta, _), own in group_by(ok_rows(rows + control), "beta", "seed").items():
-        shares = [row[f"share_{key}"] for row in own if key in row]
-        if len(shares) == 2:  # penalty, control
-            found.setdefault(f"β = {beta:g}:", []).append(shares[0] - shares[1])
+    for (beta,), own in group_by(rows, "beta").items():
+        if beta in TRIED and key in own[0]:
+            found[f"β = {beta:g}:"] = difference(own, f"share_{key}", f"noise_{key}")
     return found
 
 
-def claims(rows, control, demo):
+def column(rows, key):
+    return [row[key] for row in rows]
+
+
+def difference(rows, key, other):
+    return [row[key] - row[other] for row in rows]
+
+
+def beta_panel(ax, rows, title, curves):
+    """Curves {key: label} of rows against beta; noise dotted, in the colour of the penalty."""
+    colour = -1
+    for key, label in curves.items():
+        noise = key.startswith("noise_")
+        colour += not noise
+        if key in rows[0]:
+            plot_points(ax, summarise(rows, "beta", key), "s:" if noise else "o-",
+                        color=f"C{colour}", label=label)
+    betas = sorted(set(column(rows, "beta")))
+    ax.set_xscale("symlog", linthresh=0.03, linscale=0.3)  # shows beta = 0
+    ax.set_xticks(betas, [f"{beta:g}" for beta in betas])
+    ax.minorticks_off()
+    ax.set(xlabel="β", title=title, ylim=(0, None))
+    ax.legend()
+
+
+IN_DRAWS = {"share_named": "attributes (named)", "share_not_named": "not named"}
+COLOURS = {"kept_outside_colour": "colour of the background",
+           "kept_hair_colour": "colour of the hair", "kept_skin_colour": "colour of the skin",
+           "kept_picture": "pixels"}
+ACCURACIES = {"drawn_attributes": "attributes"}
+ACCURACIES |= {f"drawn_{name}": name.replace("_", " ") for name in FACE_FACTORS}
+IN_Z = {}
+for key, label in NATS.items():
+    IN_Z |= {f"share_{key}": label, f"noise_{key}": f"{label}, noise in z"}
+
+
+def plot(rows, args):
+    panels = []
+    if len(set(column(rows, "beta"))) > 1:
+        for title, curves in (("excess over chance in draws, share of β = 0's", IN_DRAWS),
+                              ("share of variance that draws keep", COLOURS),
+                              ("nats read from z, share of those at β = 0", IN_Z)):
+            panels.append(partial(beta_panel, rows=rows, title=title, curves=curves))
+    save_panels(panels, f"Fig. 5: {args.dataset}, scale {args.scale}", args)
+
+
+def plot_faces(rows, args):
+    """The paper's figure, <out>/<figure>-<scale>-faces.png: draws of one seed for each beta."""
+    from matplotlib.figure import Figure
+    seed, columns = min(column(rows, "seed")), {}
+    for row in sorted(ok_rows(rows, seed=seed), key=itemgetter("beta")):
+        path = faces_file(args, row["beta"], seed)
+        if path.exists():
+            faces = torch.load(path)
+            columns["x"] = faces[:1]
+            columns[f"β = {row['beta']:g}"] = faces[1:]
+    if not columns:
+        return
+    widths = [len(faces) for faces in columns.values()]
+    fig = Figure(figsize=(0.6 * sum(widths) + 0.6, 0.6 * SHOWN + 0.8), layout="constrained")
+    axes = fig.subplots(1, len(widths), width_ratios=widths)
+    for ax, (title, faces) in zip(axes, columns.items()):
+        ax.imshow(rearrange(faces, "draw face c h w -> (face h) (draw w) c"))
+        ax.set_title(title)
+        ax.axis("off")
+    fig.supxlabel("Three draws of one z for each β:\nwhat all share with x, z holds; what differs "
+                  "is filled in", fontsize=9)
+    fig.savefig(args.out / f"{args.figure}-{args.scale}-faces.png", dpi=150)
+
+
+def claims(rows, scale):
     """The paper's claims; their thresholds were set before the grid was trained."""
     at_zero, at_large = ok_rows(rows, beta=0.0), ok_rows(rows, beta=LARGE)
-    seeds = {row["seed"] for row in at_large}
-    tried = [row for row in rows if row["seed"] in seeds]
-    background = [row["kept_outside_colour"] for row in at_large]
+    over_background = {part: difference(at_large, f"kept_{part}_colour", "kept_outside_colour")
+                       for part in ("hair", "skin")}
     table = [
         check("β = 0: draws keep over 80% of the variance of the background's colour", "yes",
-              {"": [row["kept_outside_colour"] for row in at_zero]}, (0.8, 1), "{:.0%}"),
+              {"": column(at_zero, "kept_outside_colour")}, (0.8, 1), "{:.0%}"),
         check(f"β = {LARGE:g}: they keep 10 points more of the hair's and the skin's "
-              "(differences)", "yes",
-              {part: [row[f"kept_{part}_colour"] - row["kept_outside_colour"] for row in at_large]
-               for part in ("hair", "skin")}, (0.1, np.inf)),
+              "(differences)", "yes", over_background, (0.1, np.inf)),
         check(f"β = {LARGE:g}: of the excess over chance at β = 0 attributes keep a share 10 "
               "points larger than what is not named (difference)", "yes",
-              {"": [row["share_named"] - row["share_not_named"] for row in at_large]},
-              (0.1, np.inf)),
+              {"": difference(at_large, "share_named", "share_not_named")}, (0.1, np.inf)),
     ]
-    if demo:  # whose networks are trained too briefly for the next
+    if scale == "demo":  # whose networks are trained too briefly for the next
         return table
+    complete = [row for row in rows if row["seed"] in column(at_large, "seed")]
     table += [
         check(f"β = {LARGE:g}: the background is new: under 50% of its colour's variance is kept",
-              "yes", {"": background}, (-np.inf, 0.5), "{:.0%}"),
+              "yes", {"": column(at_large, "kept_outside_colour")}, (-np.inf, 0.5), "{:.0%}"),
         check(f"β = {LARGE:g}: over 80% of the attributes' excess is kept", "yes",
-              {"": [row["share_named"] for row in at_large]}, (0.8, np.inf), "{:.0%}"),
+              {"": column(at_large, "share_named")}, (0.8, np.inf), "{:.0%}"),
         check("so it is at the first β where less than half is kept of what is not named", "yes",
-              {"": per_seed(named_at_half, tried)}, (0.8, np.inf), "{:.0%}"),
+              {"": per_seed(named_at_half, complete)}, (0.8, np.inf), "{:.0%}"),
     ]
     for key in ("picture_nats_outside", "not_named_nats"):
         table.append(check(f"nats of {NATS[key]} in z: a share at least 2 points less than under "
                            "noise that leaves the attributes as much (differences)", "implied",
-                           beyond_noise(rows, control, key), (-np.inf, -0.02)))
+                           beyond_noise(rows, key), (-np.inf, -0.02)))
     return table
 
 
-def means(rows, columns):
-    """A table of means over seeds, by beta, of the columns {title: key} that the rows have."""
-    table = []
-    for (beta,), own in group_by(rows, "beta").items():
-        table.append({"β": f"{beta:g}", "seeds": len(own)})
-        for title, key in columns.items():
-            if key in own[0]:
-                table[-1][title] = fmt([row[key] for row in own])
-    return table
-
-
-IN_DRAWS = {"colour of background": "kept_outside_colour", "of hair": "kept_hair_colour",
-            "of skin": "kept_skin_colour", "pixels": "kept_picture",
-            "attributes": "drawn_attributes"}
-IN_DRAWS |= {name.replace("_", " "): f"drawn_{name}" for name in FACE_FACTORS}
-IN_Z = {"accuracy of attributes": "attribute_acc", "noise": "noise"}
-IN_Z |= {f"nats of {name}": key for key, name in NATS.items()}
+def means(rows, names):
+    """Means over seeds, a line for each beta; names: {key: title}."""
+    columns = {}
+    for key, title in names.items():
+        if any(key in row for row in rows):
+            columns[title] = key
+    return cell_table(rows, {"β": "beta"}, columns)
 
 
 def make_cells(scale):
-    return [{"beta": beta} for beta in GRID[scale]] + [
-        {"beta": beta, "control": "noise"} for beta in CONTROLS[scale]]
+    cells = [{"beta": beta} for beta in GRID[scale]]
+    return cells + [{"beta": beta, "seed": 0} for beta in ONE_SEED[scale]]
 
 
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
     rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data)
-    all_penalty, shares = ok_rows(rows, control=None), add_shares(rows)
-    penalty, control = ok_rows(shares, control=None), ok_rows(shares, control="noise")
-    plot(penalty, control, args)
-    plot_faces(all_penalty, args)
-    save_tables(args, claims=claims(penalty, control, args.scale == "demo"),
-                read_from_draws_share_of_variance_or_accuracy=means(all_penalty, IN_DRAWS),
-                read_from_z=means(all_penalty, IN_Z),
-                white_noise_in_z_of_the_smallest_β=means(ok_rows(rows, control="noise"), IN_Z))
+    rows = ok_rows(rows)
+    compared = add_shares(rows)
+    plot(compared, args)
+    plot_faces(rows, args)
+    save_tables(args, claims=claims(compared, args.scale),
+                draws_share_of_variance_kept=means(rows, COLOURS),
+                accuracy_of_what_is_read_from_draws=means(rows, ACCURACIES),
+                nats_read_from_z=means(rows, {"attribute_acc": "accuracy of attributes"} | NATS),
+                share_of_nats_read_from_z_and_under_noise=means(compared, IN_Z))
 
 
 if __name__ == "__main__":

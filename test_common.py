@@ -984,8 +984,8 @@ TINY = {  # script: (changes of its demo's settings, of its grid)
         dict(width=1 / 32, n=60, steps=3, batch=20, passes=1, discriminator_steps=3,
              decoder_steps=8, decoder_channels=4, validation=20, test=30), {}),
     "fig5_celeba_vae": (
-        dict(synthetic=(60, 40), batch=16, components=5, drawn=8, classifier_steps=3, vae_steps=3,
-             decoder_steps=3, prior_steps=3, draw_steps=2), {}),
+        dict(synthetic=(60, 40), batch=16, components=5, drawn=8, classifier_steps=3,
+             evaluator_steps=3, vae_steps=3, prior_steps=3, draw_steps=2), {}),
 }
 OF_NETS = ("beta objective cross_entropy information train_acc train_acc_mean test_acc "
            "test_acc_sampled")
