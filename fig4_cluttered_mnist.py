@@ -81,14 +81,14 @@ def train_cell(cell, device, args, progress):
     s, seed = SETTINGS[args.scale], cell["seed"]
     model, digits = train_classifier(cell["beta"], seed, device, args, progress)
     if cell.get("control"):
-        # the net at beta only says how many label nats the noise has to leave
+        # the net at beta only says how many label nats the noise has to leave: one pass will do
         z, _, _, labels = sample_z(model, digits, passes=1)
         aim = label_nats(z.mean((2, 3)), labels, s)
         smallest = GRID[args.scale]["betas"][0]
         model, digits = train_classifier(smallest, seed, device, args, progress)
         z, masks, positions, labels = sample_z(model, digits, s["passes"])
         row = {"noise": noise_size(z, labels, aim, s)}
-        z.add_(torch.randn_like(z), alpha=row["noise"])
+        z.add_(torch.randn_like(z), alpha=row["noise"])  # in place: z is 1 GB at scale cpu
     else:
         row = measure_classifier(model, digits)
         z, masks, positions, labels = sample_z(model, digits, s["passes"])
@@ -110,13 +110,12 @@ def train_classifier(beta, seed, device, args, progress):
     digits = ClutteredDigits(seed, device, args)
     model = to_stochastic(all_cnn(s["width"]), skip=("0.0", "1.0"))  # the first and last layer
     model.to(device, memory_format=torch.channels_last)  # faster on a CPU
-    images, _, _ = digits.draw(digits.x[:s["batch"]])
-    forward = with_information(model, images)
+    forward = with_information(model, digits.draw(digits.x[:s["batch"]])[0])
     optimizer = torch.optim.Adam(param_groups(model, s["lr"], s["lr_noise"]), fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step / steps))
     for step, index in zip(range(steps), minibatches(s["n"], s["batch"], device)):
-        images, _, _ = digits.draw(digits.x[index])
+        images, _, _ = digits.draw(digits.x[index])  # new clutter every time
         logits, nats = forward(images)
         cross_entropy = F.cross_entropy(logits, digits.y[index])
         beta_now = beta_at(step / steps, beta, 0)
@@ -165,7 +164,7 @@ def noisy_copy(model, digits):
     for layer in net.modules():
         if isinstance(layer, StochasticConv2d):
             layer.local = True
-    images, _, _ = digits.draw(digits.x[:1000])
+    images, _, _ = digits.draw(digits.x[:1000])  # each has at least 49 positions of a channel
     with sample_weights(net):
         return recalibrate_bn(net, images).eval()
 
@@ -178,6 +177,7 @@ def sample_z(model, digits, passes):
     """
     net, parts = noisy_copy(model, digits), []
     with sample_weights(net):
+        # in parts, as the squares of all images at once would fill the memory
         for x in torch.cat([digits.x] * passes + [digits.x_test]).split(1000):
             images, masks, positions = digits.draw(x)
             parts.append((predict(net[0], images), masks, positions))
@@ -250,7 +250,10 @@ def held_out_nats(decoder, z, positions):
 
 
 class Discriminator(nn.Module):
-    """Inner products (k, m) of features of z (k, channels, 7, 7) and masks (m, 1, 28, 28)."""
+    """Inner products (k, m) of features of z (k, channels, 7, 7) and masks (m, 1, 28, 28).
+
+    So all pairs of a batch cost one pass of its z and one of its masks.
+    """
 
     def __init__(self, channels, width):
         super().__init__()
@@ -275,7 +278,7 @@ def label_nats(features, labels, s):
     parts = [s["n"], s["test"]]  # one pass over the training digits is enough to fit it
     x, x_test = features[-sum(parts):].split(parts)
     y, y_test = labels[-sum(parts):].split(parts)
-    mean, std = x.mean(0), x.std(0) + 1e-6
+    mean, std = x.mean(0), x.std(0) + 1e-6  # a pruned channel is constant
     head = nn.Linear(x.shape[1], 10).to(x.device)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
 
@@ -295,7 +298,8 @@ def noise_size(z, labels, nats, s):
     features = z.mean((2, 3))
     noise = torch.randn_like(features) / z[0, 0].numel() ** 0.5  # its mean over positions
     low, high = 1e-3 * z.std().item(), 100 * z.std().item()
-    for _ in range(12):  # to 0.3%
+    # 12 halvings of a factor 10^5 on a logarithmic scale: to 0.3%
+    for _ in range(12):
         middle = (low * high) ** 0.5
         if label_nats(features + middle * noise, labels, s) > nats:
             low = middle
@@ -315,7 +319,7 @@ def measure_classifier(model, digits):
     test_acc = accuracy(predict(net, images_test), digits.y_test)
 
     layers = noisy_copy(model, digits)[0]
-    with sample_weights(layers):
+    with sample_weights(layers):  # the last convolution stands before batch norm and ReLU
         inputs = predict(layers[:-3], images_test)
         units = predict(layers[-3], inputs)
     return {"test_acc": test_acc, "information": weight_information(model).item(),
