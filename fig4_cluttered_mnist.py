@@ -42,7 +42,7 @@ from common import (StochasticConv2d, accuracy, add_clutter, beta_at, cell_table
 SHARED = dict(lr=0.003, lr_noise=0.05)
 SETTINGS = {
     "demo": dict(n=2000, test=1000, validation=500, passes=5, width=1 / 12, steps=600, batch=32,
-                 decoder_channels=32, decoder_steps=300, discriminator_channels=32,
+                 decoder_channels=64, decoder_steps=600, discriminator_channels=32,
                  discriminator_steps=150, patience=150, **SHARED),
     "cpu": dict(n=60_000, test=5000, validation=1000, passes=3, width=1 / 8, steps=1800,
                 batch=100, decoder_channels=64, decoder_steps=8000, discriminator_channels=128,
@@ -53,7 +53,7 @@ SETTINGS = {
                   **SHARED),
 }
 BETAS = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
-GRID = {"demo": dict(betas=(0.001, 0.01, 0.03), controls=(0.03,)),  # more per sample at a small n
+GRID = {"demo": dict(betas=(0.001, 0.01, 0.1), controls=(0.1,)),  # more per sample at a small n
         "cpu": dict(betas=BETAS, controls=BETAS[2:]),
         "paper": dict(betas=BETAS, controls=BETAS[2:])}
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
