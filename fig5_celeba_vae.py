@@ -1,7 +1,7 @@
 """Fig. 5: the larger beta, the less a representation keeps of a face beyond its attributes.
 
     python fig5_celeba_vae.py --scale demo     # synthetic faces, 2 minutes on 2 cores
-    python fig5_celeba_vae.py --scale cpu      # CelebA, 7 hours on 2 cores
+    python fig5_celeba_vae.py --scale cpu      # CelebA, 70 minutes on 2 cores
     python fig5_celeba_vae.py --gpu 0          # all of CelebA
 
 A classifier of a face's attributes is trained with L = cross-entropy + beta/N * I(w;D); z is its
@@ -39,11 +39,11 @@ SETTINGS = {
                  batch=16, lr=0.008, lr_noise=0.1, classifier_steps=800, evaluator_steps=1000,
                  vae_steps=800, prior_steps=600, draw_steps=10, drawn=300, components=50),
     "cpu": dict(size=64, channels=(24, 48, 96, 64), vae=64, prior=(64, 2),
-                synthetic=(15_000, 2000), batch=32, lr=0.004, lr_noise=0.04,
-                classifier_steps=1500, evaluator_steps=3000, vae_steps=1500, prior_steps=1500,
+                synthetic=(15_000, 2000), batch=32, lr=0.004, lr_noise=0.005,
+                classifier_steps=6000, evaluator_steps=3000, vae_steps=3000, prior_steps=5000,
                 draw_steps=20, drawn=500, components=100),
     "paper": dict(size=64, channels=(64, 128, 256, 128), vae=128, prior=(128, 4),
-                  synthetic=(30_000, 4000), batch=128, lr=0.002, lr_noise=0.04,
+                  synthetic=(30_000, 4000), batch=128, lr=0.002, lr_noise=0.005,
                   classifier_steps=20_000, evaluator_steps=20_000, vae_steps=20_000,
                   prior_steps=60_000, draw_steps=30, drawn=4000, components=200),
 }
