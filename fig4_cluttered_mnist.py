@@ -422,7 +422,7 @@ def clutter_panel(ax, main, control):
         plot_points(ax, summarise(control, "beta", key), "D--", color=colour, mfc="w",
                     label=f"{name}, noise")
     ax.set(xscale="log", xlabel="β, or noise with as many label nats", ylabel="I(z;n), nats",
-           title="clutter in z", ylim=(0, None))
+           title="clutter in z", ylim=(-0.3, None))  # what is at 0 shows
     ax.legend()
 
 
