@@ -12,8 +12,8 @@ Here p(x|z) is a VAE of faces alone, whose code u has a prior p(u|z) learned by 
 picture, <out>/*-faces.png: x, then for each beta three draws of one z. What all share with x, z
 holds. Measured on held-out faces: from draws, attributes (named in training), hair style, pose and
 background (not named), by a classifier trained on other faces; from z, nats by ridge regression.
-Control: white noise in z of beta = 0, which knows no task, in the amount that costs the attributes
-as many nats as the penalty does.
+Control: white noise, which knows no task, added to z of the net at beta = 0, as much as leaves the
+attributes the nats that the penalty leaves them.
 """
 from functools import lru_cache, partial
 from operator import itemgetter
@@ -24,16 +24,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from common import (FACE_ELLIPSE, FACE_FACTORS, accuracy, beta_at, cell_table, check, group_by,
-                    ib_loss, load_celeba, lr_factor, minibatches, ok_rows, param_groups,
-                    parse_args, per_seed, plot_points, predict, run_grid, sample_weights,
-                    save_panels, save_tables, summarise, synthetic_faces, to_stochastic,
-                    weight_information)
+from common import (FACE_ELLIPSE, FACE_FACTORS, accuracy, beta_at, cell_table, check,
+                    complete_seeds, group_by, ib_loss, load_celeba, lr_factor, minibatches,
+                    ok_rows, param_groups, parse_args, per_seed, plot_points, predict, run_grid,
+                    sample_weights, save_panels, save_tables, summarise, synthetic_faces,
+                    to_stochastic, weight_information)
 
-# What a cell is trained and measured with, stored in its row. channels: of the classifier's maps,
-# the last one, 4x4, is z; vae, prior: channels, and of the prior blocks too; synthetic: training
-# and test faces drawn by code; components: of the pixels, for ridge regression; drawn: test faces
-# with a draw that is measured.
+# What a cell is trained and measured with, stored in its row. channels: of each layer of the
+# classifier, whose last map, 4x4, is z. vae: channels; prior: channels, blocks. synthetic: numbers
+# of training and test faces drawn by code. components: principal components of the pixels that
+# ridge regression predicts. drawn: how many test faces are measured through a draw.
 SETTINGS = {
     "demo": dict(size=32, channels=(16, 32, 32), vae=48, prior=(48, 2), synthetic=(4000, 600),
                  batch=16, lr=0.008, lr_noise=0.1, classifier_steps=800, evaluator_steps=1000,
@@ -87,7 +87,7 @@ def train_cell(cell, device, args, progress):
     x, drawn = take(images, some), predict(draw, z_test[:len(some)])
     shown = [x[:SHOWN]] + [predict(draw, z_test[:SHOWN]) for _ in range(DRAWS)]
     shown = (torch.stack(shown) * 127.5 + 127.5).round().to(torch.uint8)
-    torch.save(shown.cpu(), faces_file(args, beta, seed))
+    torch.save({"settings": str(s), "faces": shown.cpu()}, faces_file(args, beta, seed))
 
     majority = attributes[parts["classifier"]].float().mean(0) - 0.5
     row = {"n": len(parts["classifier"]) // 2,  # without mirror images
@@ -97,7 +97,7 @@ def train_cell(cell, device, args, progress):
     row |= colours_kept(x, drawn, args.dataset)
     row |= read_from_draws(predict(evaluator, drawn), attributes, factors, some)
     targets = ridge_targets(images, attributes, factors, parts, args.dataset, s["components"])
-    z = z[:len(z) // 2]  # without mirror images
+    z = z[:len(parts["ridge"])]
     row |= measure_z(z, z_test, targets)
     if beta == 0:
         row["noise"] = measure_noise(z, z_test, targets)
@@ -192,7 +192,9 @@ def load_faces(scale, dataset, data_dir, device):
         images, attributes, _, partition = load_celeba(data_dir)
     factors = {}
     for name, value in values.items():
-        factors[name] = F.one_hot(value.repeat(2), FACE_FACTORS[name]).to(device)
+        # a mirrored head is turned the other way
+        mirrored = FACE_FACTORS[name] - 1 - value if name == "pose" else value
+        factors[name] = F.one_hot(torch.cat([value, mirrored]), FACE_FACTORS[name]).to(device)
     if s["size"] < 64:
         small = [F.avg_pool2d(part.float(), 64 // s["size"]) for part in images.split(1000)]
         images = torch.cat(small).round().to(torch.uint8)
@@ -203,7 +205,8 @@ def load_faces(scale, dataset, data_dir, device):
              "evaluation": torch.cat([train[:third], validation])}
     for name, rows in parts.items():
         parts[name] = torch.cat([rows, rows + len(images)])
-    parts["test"] = test[:4000]
+    # without mirror images; z of faces that the classifier has seen tells more of their attributes
+    parts |= {"ridge": train[:third], "test": test[:4000]}
     return images.to(device), attributes.repeat(2, 1).to(device), factors, parts
 
 
@@ -255,7 +258,7 @@ def attribute_classifier(channels, outputs):
 class VAE(nn.Module):
     """Faces x (n, 3, s, s) to codes u (n, CODE, s/4, s/4), and back; q(u|x) = N(encoder(x), 0.2^2).
 
-    Batch norm gives the codes unit variance, so that KL(q(u|x) || N(0, I)) is a constant.
+    Batch norm gives the codes unit variance, so that the mean of KL(q(u|x) || N(0, I)) is constant.
     """
 
     def __init__(self, width):
@@ -366,17 +369,20 @@ def share_kept(x, drawn):
 
 
 def ridge_targets(images, attributes, factors, parts, dataset, components):
-    """{measure: training and test values (n, k), of mean 0 in training}; of pixels components."""
-    train = parts["train"][:len(parts["train"]) // 2]  # without mirror images
-    few, values = train[:4000], {"attribute_nats": attributes}
+    """{measure: values (n, k) of the faces to fit and to test, less the mean of the former}.
+
+    Of pixels principal components.
+    """
+    train, values = parts["ridge"], {"attribute_nats": attributes}
     if factors:
         values["not_named_nats"] = torch.cat([factors[name] for name in NOT_NAMED], 1)
     masks = regions(dataset, images.shape[2], images.device)
-    torch.manual_seed(0)  # of svd_lowrank, so that all cells have the same components
     for ending, region in (("", "picture"), ("_outside", "outside"), ("_inside", "inside")):
         pixels = images[:, :, masks[region]].flatten(1)
-        mean = pixels[few].float().mean(0)
-        basis = torch.svd_lowrank(pixels[few] - mean, components, niter=4)[2]
+        mean = pixels[train].float().mean(0)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # of svd_lowrank, so that all cells have the same components
+            basis = torch.svd_lowrank(pixels[train] - mean, components, niter=4)[2]
         projected = [(part - mean) @ basis for part in pixels.split(500)]
         values[f"picture_nats{ending}"] = torch.cat(projected)
     targets = {}
@@ -390,7 +396,8 @@ def measure_z(z, z_test, targets):
     """{measure: nats of its targets that ridge regression reads from z}, on test faces.
 
     -1/2 sum log(1 - R^2) over the columns of a target: a lower bound of I(z;target) if it is
-    Gaussian, with uncorrelated columns; attributes are not.
+    Gaussian with uncorrelated columns, which components of pixels nearly are. Of attributes and
+    factors it is only a score.
     """
     known = torch.cat([train for train, _ in targets.values()], 1)
     predicted = ridge(z.flatten(1), known, z_test.flatten(1))
@@ -436,7 +443,6 @@ def ridge(z, target, z_test):
 # --- What follows from rows
 
 LARGE = 5.0  # the beta of which most claims speak
-TRIED = (0.1, 0.7, 2.0, 5.0)  # the beta at which the penalty is compared with noise
 NATS = {"attribute_nats": "attributes", "picture_nats": "pixels",
         "picture_nats_outside": "pixels of the background", "not_named_nats": "factors not named"}
 
@@ -483,7 +489,9 @@ def shares(row, base):
     for key in NATS:
         if key in row:
             found[f"share_{key}"] = row[key] / base[key]
-            found[f"noise_{key}"] = under_noise(base, row["attribute_nats"], key) / base[key]
+            if key != "attribute_nats":  # of which noise leaves as much
+                left = under_noise(base, row["attribute_nats"], key)
+                found[f"noise_{key}"] = left / base[key]
     return found
 
 
@@ -499,7 +507,7 @@ def beyond_noise(rows, key):
     """{"β = 2:": share under the penalty minus that under noise, per seed}."""
     found = {}
     for (beta,), own in group_by(rows, "beta").items():
-        if beta in TRIED and key in own[0]:
+        if beta > 0 and key in own[0]:
             found[f"β = {beta:g}:"] = difference(own, f"share_{key}", f"noise_{key}")
     return found
 
@@ -537,7 +545,9 @@ ACCURACIES = {"drawn_attributes": "attributes"}
 ACCURACIES |= {f"drawn_{name}": name.replace("_", " ") for name in FACE_FACTORS}
 IN_Z = {}
 for key, label in NATS.items():
-    IN_Z |= {f"share_{key}": label, f"noise_{key}": f"{label}, noise in z"}
+    IN_Z[f"share_{key}"] = label
+    if key != "attribute_nats":
+        IN_Z[f"noise_{key}"] = f"{label}, noise in z"
 
 
 def plot(rows, args):
@@ -557,9 +567,10 @@ def plot_faces(rows, args):
     for row in sorted(ok_rows(rows, seed=seed), key=itemgetter("beta")):
         path = faces_file(args, row["beta"], seed)
         if path.exists():
-            faces = torch.load(path)
-            columns["x"] = faces[:1]
-            columns[f"β = {row['beta']:g}"] = faces[1:]
+            saved = torch.load(path)
+            if saved["settings"] == str(SETTINGS[args.scale]):
+                columns["x"] = saved["faces"][:1]
+                columns[f"β = {row['beta']:g}"] = saved["faces"][1:]
     if not columns:
         return
     widths = [len(faces) for faces in columns.values()]
@@ -580,29 +591,32 @@ def claims(rows, scale):
     over_background = {part: difference(at_large, f"kept_{part}_colour", "kept_outside_colour")
                        for part in ("hair", "skin")}
     table = [
-        check("β = 0: draws keep over 80% of the variance of the background's colour", "yes",
-              {"": column(at_zero, "kept_outside_colour")}, (0.8, 1), "{:.0%}"),
-        check(f"β = {LARGE:g}: they keep 10 points more of the hair's and the skin's "
-              "(differences)", "yes", over_background, (0.1, np.inf)),
+        check("β = 0: draws keep over 80% of the variance of the background's colour",
+              "in pictures", {"": column(at_zero, "kept_outside_colour")}, (0.8, 1), "{:.0%}"),
+        check(f"β = {LARGE:g}: they keep at least 10 points more of that of the hair's and the "
+              "skin's (differences)", "in pictures", over_background, (0.1, np.inf)),
         check(f"β = {LARGE:g}: of the excess over chance at β = 0 attributes keep a share 10 "
-              "points larger than what is not named (difference)", "yes",
+              "points larger than what is not named (difference)", "in pictures",
               {"": difference(at_large, "share_named", "share_not_named")}, (0.1, np.inf)),
     ]
     if scale == "demo":  # whose networks are trained too briefly for the next
         return table
-    complete = [row for row in rows if row["seed"] in column(at_large, "seed")]
+    shared = [row for row in rows if row["beta"] in GRID[scale]]  # some beta have one seed only
+    complete = complete_seeds(shared, [{"beta": beta} for beta in GRID[scale]])
     table += [
         check(f"β = {LARGE:g}: the background is new: under 50% of its colour's variance is kept",
-              "yes", {"": column(at_large, "kept_outside_colour")}, (-np.inf, 0.5), "{:.0%}"),
-        check(f"β = {LARGE:g}: over 80% of the attributes' excess is kept", "yes",
+              "in pictures", {"": column(at_large, "kept_outside_colour")}, (-np.inf, 0.5),
+              "{:.0%}"),
+        check(f"β = {LARGE:g}: over 80% of the attributes' excess is kept", "in pictures",
               {"": column(at_large, "share_named")}, (0.8, np.inf), "{:.0%}"),
-        check("so it is at the first β where less than half is kept of what is not named", "yes",
+        check("at the first β where under half of what is not named is kept, over 80% of the "
+              "attributes' excess is", "in pictures",
               {"": per_seed(named_at_half, complete)}, (0.8, np.inf), "{:.0%}"),
     ]
     for key in ("picture_nats_outside", "not_named_nats"):
         table.append(check(f"nats of {NATS[key]} in z: a share at least 2 points less than under "
                            "noise that leaves the attributes as much (differences)", "implied",
-                           beyond_noise(rows, key), (-np.inf, -0.02)))
+                           beyond_noise(complete, key), (-np.inf, -0.02)))
     return table
 
 
@@ -630,7 +644,8 @@ def main():
     save_tables(args, claims=claims(compared, args.scale),
                 draws_share_of_variance_kept=means(rows, COLOURS),
                 accuracy_of_what_is_read_from_draws=means(rows, ACCURACIES),
-                nats_read_from_z=means(rows, {"attribute_acc": "accuracy of attributes"} | NATS),
+                nats_read_from_z=means(rows, {"attribute_acc": "accuracy of attributes"} | NATS
+                                       | {"information": "I(w;D)"}),
                 share_of_nats_read_from_z_and_under_noise=means(compared, IN_Z))
 
 

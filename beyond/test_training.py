@@ -279,6 +279,7 @@ def test_fig5_test_faces_are_not_trained_on(monkeypatch, tmp_path):
     rows |= dict(zip(names(images), range(len(images))))
     assert not parts["train"] & parts["test"]
     assert not parts["evaluation"] & parts["classifier"]
+    assert not parts["ridge"] & parts["classifier"]
     trained, measured = {}, set()
 
     def look(m, inputs):
@@ -299,6 +300,21 @@ def test_fig5_test_faces_are_not_trained_on(monkeypatch, tmp_path):
         assert any(seen <= part for part in parts.values())
         assert not seen & parts["test"]
     assert parts["test"] <= measured
+
+
+def test_fig5_mirror_images_have_the_factors_that_they_show(monkeypatch, tmp_path):
+    fig5, args, _ = demo(monkeypatch, "fig5_celeba_vae", tmp_path)
+    monkeypatch.setitem(fig5.SETTINGS["demo"], "synthetic", (4000, 10))
+    fig5.load_faces.cache_clear()
+    images, _, factors, _ = fig5.load_data(args)
+    shown = {"": images.float(), "mirrored": images.flip(3).float()}
+    for name, labels in factors.items():
+        means = {}
+        for key, of_these in zip(shown, labels.split(len(images))):
+            means[key] = torch.stack([shown[key][rows.bool()].mean(0) for rows in of_these.T])
+        distance = torch.cdist(means[""].flatten(1), means["mirrored"].flatten(1))
+        assert (distance.argmin(1) == torch.arange(len(distance))).all(), name
+    fig5.load_faces.cache_clear()
 
 
 # === The code that counts as training
