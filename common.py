@@ -686,13 +686,14 @@ def label_information(logits, labels):
 
 
 def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=2000, batch=256,
-                              lr=3e-3, steps=3000, patience=300):
+                              lr=3e-3, steps=3000, patience=300, shuffle=True):
     """I(z;n) in nats from a discriminator that tells pairs from shuffled pairs (Sec. 6): dict.
 
     Returns floats: plug_in, and the lower bounds info_nce (at most log held_out) and
     donsker_varadhan. discriminator(z, n) -> scores (len(z), len(n)) of all pairs of rows; it is
-    trained, and gets columns of floats standardised. Pairs are split at random: `validation` of
-    them stop the training once InfoNCE has not risen for `patience` steps, held_out are measured.
+    trained, and gets columns of floats standardised. `validation` pairs stop the training once
+    InfoNCE has not risen for `patience` steps, held_out pairs are measured. Pairs are split at
+    random, or without shuffle in this order: training, validation, held out.
     ValueError: too few pairs, not finite, impossible options, scores of another shape;
     FloatingPointError: scores not finite.
     """
@@ -703,8 +704,10 @@ def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=
     if not (steps >= 1 and patience >= 1 and batch >= 2 and lr > 0):
         raise ValueError(f"{steps=} and {patience=} must be >= 1, {batch=} >= 2, {lr=} > 0")
     _require_finite(z=z, n=n)
-    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0)).to(z.device)
-    train, validation, held_out = order.split([train, validation, held_out])
+    order = torch.arange(len(z))
+    if shuffle:
+        order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))
+    train, validation, held_out = order.to(z.device).split([train, validation, held_out])
     scale_z, scale_n = _standardiser(z[train]), _standardiser(n[train])
     batch = min(batch, len(train))
 
@@ -1623,8 +1626,8 @@ def check(sentence, paper, values, threshold, form="{:.2f}"):
 def save_tables(args, **tables):
     """Print tables, {title: list of dicts}, and write them to <out>/<figure>-<scale>.md.
 
-    <out>/README.md gets, between <!-- FIGURE-SCALE --> and <!-- end -->, the first six claims. A row
-    that is None, a claim without values, is only counted there.
+    <out>/README.md gets, between <!-- FIGURE-SCALE --> and <!-- end -->, the first six claims. A
+    row that is None, a claim without values, is only counted there.
     """
     stem = f"{args.figure}-{args.scale}"
     unmeasured = tables.get("claims", []).count(None)

@@ -582,7 +582,7 @@ def plot_faces(rows, args):
         ax.axis("off")
     fig.supxlabel("Three draws of one z for each β:\nwhat all share with x, z holds; what differs "
                   "is filled in", fontsize=9)
-    fig.savefig(args.out / f"{args.figure}-{args.scale}-faces.png", dpi=150)
+    fig.savefig(args.out / f"{args.figure}-{args.scale}-faces.png", dpi=150, bbox_inches="tight")
 
 
 def claims(rows, scale):

@@ -108,6 +108,15 @@ def test_the_input_gets_no_gradient():
     assert z.grad is None
 
 
+def test_without_shuffle_the_last_pairs_are_held_out():
+    z, n = gaussian_pairs(2, 5, 4000)
+    n[-500:] = torch.randn(500, 5)  # independent of their z
+    found = {shuffle: density_ratio_information(PairCritic(5), z, n, steps=300, shuffle=shuffle,
+                                                **PARTS)["info_nce"] for shuffle in (True, False)}
+    assert found[True] > 0.7
+    assert found[False] < 0.1
+
+
 def test_the_best_state_is_kept_and_the_training_stops():
     class Spoiled(nn.Module):  # good until its 100th training step
         def __init__(self):

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
-from common import (normalise)
+import fig4_cluttered_mnist as fig4
+from common import normalise
 from test_common import TINY
 
 HERE = Path(common.__file__).resolve().parent
@@ -233,7 +234,8 @@ def test_fig4_masks_noise_and_clutter(monkeypatch, tmp_path):
         return add_clutter(digits, *arguments, **options)
 
     def estimated(*arguments, **options):
-        pairs.append((*arguments[1:3], options["held_out"]))
+        pairs.append((*arguments[1:3], options["validation"] + options["held_out"]))
+        assert not options["shuffle"]  # the last z are those of test digits
         return estimate(*arguments, **options)
 
     def look(m, inputs):
@@ -252,10 +254,10 @@ def test_fig4_masks_noise_and_clutter(monkeypatch, tmp_path):
     hook = nn.modules.module.register_module_forward_pre_hook(look)
     fig4.train_cell({"beta": 0.1, "seed": 0}, args.device, args, lambda *_: None)
     hook.remove()
-    (z, masks, held_out), images = pairs[0], torch.cat(drawn)
+    (z, masks, of_test), images = pairs[0], torch.cat(drawn)
     white = images.max()
     windows = images.unfold(0, len(z), 1).movedim(-1, 1)  # z is of one of them
-    assert len(z) == len(masks) > s["test"] == held_out
+    assert len(z) == len(masks) > s["test"] == of_test
     assert masks.dtype == torch.bool
     assert any((window[masks] == white).all() for window in windows)
     assert 80 < masks.sum() / len(masks) < 161
@@ -269,6 +271,20 @@ def test_fig4_masks_noise_and_clutter(monkeypatch, tmp_path):
         assert (shown == white).sum((1, 2, 3)).min() > 60
     shown = sum((names(shown) for shown, _ in training), [])
     assert len(set(shown)) == s["steps"] * s["batch"]  # new in every batch
+
+
+def test_fig4_noise_is_in_units_of_each_channel_and_leaves_the_nats_asked_for():
+    torch.manual_seed(0)
+    s, labels = dict(n=4000, test=1000), torch.randint(10, (5000,))
+    z = torch.randn(5000, 12, 4, 4)
+    z[:, :10] += 3 * F.one_hot(labels, 10)[:, :, None, None]
+    z[:, 1] *= 10
+    z[:, 11] = 0  # a pruned channel
+    std = z.std((0, 2, 3))
+    size = fig4.noise_size(z, labels, 1.0, s)
+    fig4.add_noise(z, size)
+    assert torch.allclose(z.std((0, 2, 3)), std * (1 + size**2) ** 0.5, rtol=0.02)
+    assert fig4.label_nats(z.mean((2, 3)), labels, s) == pytest.approx(1.0, abs=0.05)
 
 
 def test_fig5_test_faces_are_not_trained_on(monkeypatch, tmp_path):
