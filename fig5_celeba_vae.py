@@ -380,7 +380,7 @@ def ridge_targets(images, attributes, factors, parts, dataset, components):
     for ending, region in (("", "picture"), ("_outside", "outside"), ("_inside", "inside")):
         pixels = images[:, :, masks[region]].flatten(1)
         mean = pixels[train].float().mean(0)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(0)  # of svd_lowrank, so that all cells have the same components
             basis = torch.svd_lowrank(pixels[train] - mean, components, niter=4)[2]
         projected = [(part - mean) @ basis for part in pixels.split(500)]
