@@ -1052,11 +1052,11 @@ def test_a_script_leaves_a_plot_and_the_tables_it_printed(tiny_runs, script):
         assert (folder / f"{script}-demo.{ending}").stat().st_size > 5000
 
 
-def redraw(monkeypatch, script, out, scale):
+def redraw(monkeypatch, script, out, scale, *options):
     """Run a script's main() in this process on the rows in a folder; pictures are not saved."""
     figure = importlib.import_module(script)
     monkeypatch.setattr(sys, "argv", [script + ".py", "--scale", scale, "--plot-only", "--jobs",
-                                      "1", "--out", str(out)])
+                                      "1", "--out", str(out), *options])
     monkeypatch.setattr(common, "training_code", lambda *_: "not compared")
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
     figure.main()
@@ -1079,16 +1079,19 @@ def test_plots_and_tables_are_made_of_any_rows(tiny_runs, monkeypatch, tmp_path,
     assert (tmp_path / f"{script}-demo.md").exists()
 
 
-@pytest.mark.parametrize("script", TINY)
-def test_committed_tables_are_what_the_committed_rows_say(monkeypatch, tmp_path, script):
-    results, name = HERE / "results", f"{script}-cpu"
+@pytest.mark.parametrize("script, folder, options", [
+    *((script, "results", ()) for script in TINY),
+    ("fig5_celeba_vae", "results/synthetic", ("--dataset", "synthetic"))])
+def test_committed_tables_are_what_the_committed_rows_say(monkeypatch, tmp_path, script, folder,
+                                                          options):
+    results, name = HERE / folder, f"{script}-cpu"
     settings = json.loads(json.dumps(importlib.import_module(script).SETTINGS["cpu"]))
     lines = [line for path in results.glob(f"{name}*.jsonl") for line in path.open()]
     if not any(json.loads(line)["settings"] == settings for line in lines):
         pytest.skip("no committed rows with the present settings")
     (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     (tmp_path / "README.md").write_bytes((results / "README.md").read_bytes())
-    redraw(monkeypatch, script, tmp_path, "cpu")
+    redraw(monkeypatch, script, tmp_path, "cpu", *options)
     assert (tmp_path / f"{name}.md").read_text() == (results / f"{name}.md").read_text()
     assert (tmp_path / "README.md").read_text() == (results / "README.md").read_text()
 
