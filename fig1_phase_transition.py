@@ -380,7 +380,12 @@ def make_cells(scale):
             cells += one
     for labels, n, beta in grid["longer"]:
         cells.append({"labels": labels, "n": n, "beta": beta, "seed": 0, "steps_factor": 2})
-    return sorted(cells, key=itemgetter("n"))  # the cheap ones first
+    growth = SETTINGS[scale]["growth"]
+
+    def steps(cell):
+        return cell["n"] ** growth[cell["labels"]] * cell.get("steps_factor", 1)
+
+    return sorted(cells, key=steps)  # the cheap ones first
 
 
 KEYS = {"labels": "labels", "N": "n", "β": "beta", "steps": "steps"}
