@@ -375,7 +375,7 @@ def make_cells(scale):
     for labels in ("random", "real"):
         for n, betas in grid[labels].items():
             one = [{"labels": labels, "n": n, "beta": beta} for beta in betas]
-            if scale == "cpu" and n in LARGE:  # these seeds, not those of --seeds
+            if scale == "cpu" and n in LARGE:  # of these seeds only
                 one = [cell | {"seed": seed} for seed in SEEDS_LARGE[labels] for cell in one]
             cells += one
     for labels, n, beta in grid["longer"]:
