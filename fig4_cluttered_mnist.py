@@ -100,7 +100,7 @@ def train_cell(cell, device, args, progress):
     discriminator = Discriminator(z.shape[1], s["discriminator_channels"]).to(device)
     ratio = density_ratio_information(
         discriminator, z, masks, steps=s["discriminator_steps"], patience=s["patience"],
-        validation=s["validation"], held_out=s["test"] - s["validation"], shuffle=False)
+        validation=s["validation"], held_out=s["test"], shuffle=False)
     return row | {"i_zn_nce": ratio["info_nce"], "i_zn_dv": ratio["donsker_varadhan"]}
 
 
@@ -217,11 +217,12 @@ def position_nats(log_p, positions):
 def position_information(z, positions, s, progress):
     """position_nats of a decoder on z of test digits, trained on those of training digits.
 
-    s["validation"] of the test digits choose when: at a large beta it learns its z by heart.
+    The last s["validation"] of the latter choose when: at a large beta it learns its z by heart.
+    Their digits are trained on too, under other clutter.
     """
     steps, every = s["decoder_steps"], max(1, s["decoder_steps"] // 20)
-    train = len(z) - s["test"]
-    test = train + s["validation"]
+    test = len(z) - s["test"]
+    train = test - s["validation"]
     decoder = PositionDecoder(z.shape[1], s["decoder_channels"])
     decoder.to(z.device, memory_format=torch.channels_last)  # faster on a CPU
     optimizer = torch.optim.Adam(decoder.parameters(), 0.003, fused=True)

@@ -234,7 +234,7 @@ def test_fig4_masks_noise_and_clutter(monkeypatch, tmp_path):
         return add_clutter(digits, *arguments, **options)
 
     def estimated(*arguments, **options):
-        pairs.append((*arguments[1:3], options["validation"] + options["held_out"]))
+        pairs.append((*arguments[1:3], options["held_out"]))
         assert not options["shuffle"]  # the last z are those of test digits
         return estimate(*arguments, **options)
 
@@ -254,10 +254,10 @@ def test_fig4_masks_noise_and_clutter(monkeypatch, tmp_path):
     hook = nn.modules.module.register_module_forward_pre_hook(look)
     fig4.train_cell({"beta": 0.1, "seed": 0}, args.device, args, lambda *_: None)
     hook.remove()
-    (z, masks, of_test), images = pairs[0], torch.cat(drawn)
+    (z, masks, held_out), images = pairs[0], torch.cat(drawn)
     white = images.max()
     windows = images.unfold(0, len(z), 1).movedim(-1, 1)  # z is of one of them
-    assert len(z) == len(masks) > s["test"] == of_test
+    assert len(z) == len(masks) > s["test"] == held_out
     assert masks.dtype == torch.bool
     assert any((window[masks] == white).all() for window in windows)
     assert 80 < masks.sum() / len(masks) < 161
