@@ -1,7 +1,7 @@
 """Fig. 5: the larger beta, the less a representation keeps of a face beyond its attributes.
 
     python fig5_celeba_vae.py --scale demo     # synthetic faces, 2 minutes on 2 cores
-    python fig5_celeba_vae.py --scale cpu      # CelebA, 70 minutes on 2 cores
+    python fig5_celeba_vae.py --scale cpu      # CelebA, 2 to 5 hours on 2 cores
     python fig5_celeba_vae.py --gpu 0          # all of CelebA
 
 A classifier of a face's attributes is trained with L = cross-entropy + beta/N * I(w;D); z is its
@@ -628,7 +628,7 @@ def means(rows, names):
     columns = {}
     for key, title in names.items():
         if any(key in row for row in rows):
-            columns[title] = key
+            columns[title] = key, "{:.0f}" if key == "information" else "{:.2f}"
     return cell_table(rows, {"β": "beta"}, columns)
 
 
