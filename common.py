@@ -1548,14 +1548,16 @@ def per_seed(function, rows):
 def cell_table(rows, keys, columns):
     """Means over seeds, a line for each kind of cell.
 
-    keys, columns: {title: key in the rows}; of a column also (key, format).
+    keys, columns: {title: key in the rows}; of a column also (key, format). Columns whose key no
+    row has are left out.
     """
-    table = []
+    table, measured = [], set().union(*rows)
     for cell, own in group_by(rows, *keys.values()).items():
         line = dict(zip(keys, cell)) | {"seeds": len(own)}
         for title, column in columns.items():
             key, form = column if isinstance(column, tuple) else (column, "{:.2f}")
-            line[title] = fmt([row[key] for row in own if key in row], form)
+            if key in measured:
+                line[title] = fmt([row[key] for row in own if key in row], form)
         table.append(line)
     return table
 

@@ -500,8 +500,8 @@ def bound_claims(main):
               {"": per_seed(correlation, main)}, (0.9, 1)),
         check("I(z;n) ~ bound^k, the bound less 1 nat per unit: k within a factor 2 of the paper's",
               "0.62", {"": per_seed(slope, main)}, (0.31, 1.23)),
-        check("layer of z: I + TC, which its bound limits, falls with every step of β", "suggested",
-              rises(main, "i_and_tc"), (-math.inf, 0)),
+        check("layer of z: I + TC, which its bound limits, falls with every step of β",
+              "suggested", rises(main, "i_and_tc"), (-math.inf, 0)),
     ]
 
 

@@ -545,9 +545,7 @@ ACCURACIES = {"drawn_attributes": "attributes"}
 ACCURACIES |= {f"drawn_{name}": name.replace("_", " ") for name in FACE_FACTORS}
 IN_Z = {}
 for key, label in NATS.items():
-    IN_Z[f"share_{key}"] = label
-    if key != "attribute_nats":
-        IN_Z[f"noise_{key}"] = f"{label}, noise in z"
+    IN_Z |= {f"share_{key}": label, f"noise_{key}": f"{label}, noise in z"}
 
 
 def plot(rows, args):
@@ -560,19 +558,25 @@ def plot(rows, args):
     save_panels(panels, f"Fig. 5: {args.dataset}, scale {args.scale}", args)
 
 
+def saved_faces(args, beta, seed):
+    """x and draws of a cell, uint8 (1 + DRAWS, SHOWN, 3, s, s), or None."""
+    path = faces_file(args, beta, seed)
+    if path.exists():
+        saved = torch.load(path)
+        if saved["settings"] == str(SETTINGS[args.scale]):
+            return saved["faces"]
+    return None
+
+
 def plot_faces(rows, args):
     """The paper's figure, <out>/<figure>-<scale>-faces.png: draws of one seed for each beta."""
     from matplotlib.figure import Figure
     seed, columns = min(column(rows, "seed")), {}
     for row in sorted(ok_rows(rows, seed=seed), key=itemgetter("beta")):
-        if row["beta"] not in GRID["cpu"]:
-            continue  # more would not fit
-        path = faces_file(args, row["beta"], seed)
-        if path.exists():
-            saved = torch.load(path)
-            if saved["settings"] == str(SETTINGS[args.scale]):
-                columns["x"] = saved["faces"][:1]
-                columns[f"β = {row['beta']:g}"] = saved["faces"][1:]
+        faces = saved_faces(args, row["beta"], seed)
+        if faces is not None and row["beta"] in GRID["cpu"]:  # more would not fit
+            columns["x"] = faces[:1]
+            columns[f"β = {row['beta']:g}"] = faces[1:]
     if not columns:
         return
     widths = [len(faces) for faces in columns.values()]
@@ -604,8 +608,8 @@ def claims(rows, scale):
     ]
     if scale == "demo":  # whose networks are trained too briefly for the next
         return table
-    shared = [row for row in rows if row["beta"] in GRID[scale]]  # some beta have one seed only
-    complete = complete_seeds(shared, [{"beta": beta} for beta in GRID[scale]])
+    # without the beta of one seed alone
+    complete = complete_seeds(rows, [{"beta": beta} for beta in GRID[scale]])
     table += [
         check(f"β = {large:g}: the background is new: under 50% of its colour's variance is kept",
               "in pictures", {"": column(at_large, "kept_outside_colour")}, (-np.inf, 0.5),
@@ -623,13 +627,10 @@ def claims(rows, scale):
     return table
 
 
-def means(rows, names):
-    """Means over seeds, a line for each beta; names: {key: title}."""
-    columns = {}
-    for key, title in names.items():
-        if any(key in row for row in rows):
-            columns[title] = key, "{:.0f}" if key == "information" else "{:.2f}"
-    return cell_table(rows, {"β": "beta"}, columns)
+def means(rows, names, more=None):
+    """Means over seeds, a line for each beta; names: {key: title}; more: as in cell_table."""
+    columns = {title: key for key, title in names.items()}
+    return cell_table(rows, {"β": "beta"}, columns | (more or {}))
 
 
 def make_cells(scale):
@@ -647,8 +648,8 @@ def main():
     save_tables(args, claims=claims(compared, args.scale),
                 draws_share_of_variance_kept=means(rows, COLOURS),
                 accuracy_of_what_is_read_from_draws=means(rows, ACCURACIES),
-                nats_read_from_z=means(rows, {"attribute_acc": "accuracy of attributes"} | NATS
-                                       | {"information": "I(w;D)"}),
+                nats_read_from_z=means(rows, {"attribute_acc": "accuracy of attributes"} | NATS,
+                                       {"I(w;D)": ("information", "{:.0f}")}),
                 share_of_nats_read_from_z_and_under_noise=means(compared, IN_Z))
 
 
