@@ -134,7 +134,8 @@ CELLS = [  # script, cell, accuracy on the labels it is given of an oracle that 
     (FIG1, {"labels": "random", "n": 200, "beta": 0.1, "steps_factor": 2}, (0.02, 0.2)),
     (FIG1, {"labels": "real", "n": 100, "beta": 0.1}, (1, 1)),
     (FIG2, {"panel": "models", "model": "ResNet", "n": 100, "beta": 0.1}, (0.02, 0.2)),
-    (FIG2, {"panel": "corruption", "corruption": 0.0, "n": 100, "beta": 0.1}, (1, 1)),
+    (FIG2, {"panel": "corruption", "corruption": 0.0, "n": 100, "beta": 0.1, "steps_factor": 2},
+     (1, 1)),
     (FIG2, {"panel": "corruption", "corruption": 0.5, "n": 100, "beta": 0.1}, (0.4, 0.7)),
     (FIG3, {"panel": "beta", "beta": 0.1, "max_log_alpha": 0.0, "width": 1 / 32}, (1, 1)),
     (FIG3, {"panel": "width", "weight_decay": 0.1, "width": 1 / 32}, (1, 1))]
