@@ -9,6 +9,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import glob
 import hashlib
 import inspect
 import io
@@ -601,16 +602,21 @@ def ib_loss(logits, target, model, beta, n, *, attributes=False, information=wei
 def g(alpha):
     """Capacity per dimension under log-normal noise: -log(1 - exp(-alpha))/2 nats (Prop. 5.2).
 
-    alpha: float or tensor. ValueError for alpha < 0.
+    alpha: float or tensor. ValueError for alpha < 0, or nan.
     """
     alpha = torch.as_tensor(alpha)
-    if (alpha < 0).any():
-        raise ValueError("alpha cannot be negative")
+    if not (alpha >= 0).all():
+        raise ValueError("alpha has to be 0 or more; is it a logarithm?")
     return -0.5 * torch.log(-torch.expm1(-alpha))
 
 
 def alpha_from_information(information, dim):
-    """The alpha of dim weights that hold these nats: exp(-2*information/dim) (Prop. 4.1, C = 0)."""
+    """The alpha of dim weights that hold these nats: exp(-2*information/dim) (Prop. 4.1, C = 0).
+
+    ValueError for dim < 1.
+    """
+    if dim < 1:
+        raise ValueError(f"{dim} weights hold no nats")
     return torch.exp(-2 * torch.as_tensor(information) / dim)
 
 
@@ -619,9 +625,12 @@ def layer_information_bound(dim_z, alpha):
 
     For centred, uncorrelated, non-zero inputs. alpha: float, or (dim_z,), one for each unit; that
     of a unit i whose weights have different ones solves
-    expm1(alpha_i) = sum_j expm1(alpha_ij) w_ij^2 / sum_j w_ij^2.
+    expm1(alpha_i) = sum_j expm1(alpha_ij) w_ij^2 / sum_j w_ij^2. ValueError for one a weight.
     """
-    return dim_z * (g(alpha).mean() + 1)
+    capacity = g(alpha)
+    if capacity.dim() > 1:
+        raise ValueError(f"alpha {tuple(capacity.shape)}: one for each unit is needed")
+    return dim_z * (capacity.mean() + 1)
 
 
 def layer_information(weight, alpha, x):
@@ -629,11 +638,16 @@ def layer_information(weight, alpha, x):
 
     Prop. 5.1, which takes z and z|x as Gaussian. weight: (out, in), means. alpha: float or
     (out, in). x: (n, in). A unit that is always 0 holds 0 nats, another inf if some x, being all
-    zero, gets no noise. ValueError for what is not finite.
+    zero, gets no noise. ValueError for what is not finite, other shapes, and alpha < 0 or over 700.
     """
     weight, x = weight.double(), x.double()
     alpha = torch.as_tensor(alpha, dtype=torch.double, device=weight.device)
     _require_finite(weight=weight, alpha=alpha, x=x)
+    if not len(x) or x.shape[1:] != weight.shape[1:] or alpha.shape not in ((), weight.shape):
+        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, alpha "
+                         f"{tuple(alpha.shape)}: should be (n, in), (out, in) and one or (out, in)")
+    if not ((alpha >= 0) & (alpha <= 700)).all():
+        raise ValueError("alpha has to be from 0 to 700; is it a logarithm?")
     noise = x**2 @ (torch.expm1(alpha) * weight**2).T
     signal = (x @ weight.T).var(0, correction=0)
     nats = 0.5 * (torch.log(signal + noise.mean(0)) - torch.log(noise).mean(0))
@@ -651,10 +665,13 @@ def flat_minimum_bound(weight, trace, beta):
 
     Of a net at a minimum of the summed cross-entropy, with the best noise for beta, which is
     alpha_i = beta / (w_i^2 H_ii), well below 1. weight: all K means. trace: of the Hessian H there.
-    As in the paper's proof; README.md says where its statement differs.
+    As in the paper's proof; README.md says where its statement differs. ValueError unless trace and
+    beta are positive.
     """
+    if not (trace > 0 and beta > 0):
+        raise ValueError(f"{trace=} and {beta=} have to be positive")
     k = weight.numel()
-    return 0.5 * k * (torch.log((weight**2).sum() * trace) - math.log(k**2 * beta))
+    return 0.5 * k * (torch.log((weight.double()**2).sum() * trace) - math.log(k**2 * beta))
 
 
 LAMBDAS = tuple(0.5 + 2 ** (k / 2) for k in range(-6, 15))  # few, as the union bound costs each
@@ -777,11 +794,13 @@ def total_correlation(z):
     z = z[:, (z != z[:1]).any(0)]
     if len(z) <= z.shape[1] + 1:
         raise ValueError(f"{len(z)} samples of {z.shape[1]} varying dimensions: too few")
-    z = z - z.mean(0)
-    correlation = torch.corrcoef((z / z.abs().amax(0)).T).view(z.shape[1], z.shape[1])
+    largest, z = z.abs().amax(0), z - z.mean(0)
+    scale = z.abs().amax(0)
+    correlation = torch.corrcoef((z / scale).T).view(z.shape[1], z.shape[1])
     eigenvalues = torch.linalg.eigvalsh(correlation)
-    # what the rounding of z and of this matrix leaves of an eigenvalue that is 0
-    rounding = len(eigenvalues) * max(precision**2, 10 * torch.finfo(torch.double).eps)
+    # what the rounding of z, which may be far from 0, and of this matrix leaves of a 0
+    errors = [10 * torch.finfo(torch.double).eps, *(precision * largest / scale).square().tolist()]
+    rounding = len(eigenvalues) * max(errors)
     return -0.5 * torch.log(torch.where(eigenvalues > rounding, eigenvalues, 0)).sum()
 
 
@@ -1219,35 +1238,40 @@ def _device(gpu):
 
 
 @_user_errors()
-def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
+def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None, optional=()):
     """Train every cell that has no row yet, for each seed or the cell's own; return all rows.
 
     train_cell(cell, device, args, progress) returns what it measured (dict), and calls
     progress(step, steps, loss), which ends a cell whose loss is not finite. settings: how cells are
-    trained; rows of others do not count. prepare(args) loads the data, before training. A row has
-    figure, scale, dataset, status ("ok" or "diverged"), device, torch, git, code, settings,
-    seconds, the cell's keys and what was measured. A cell that raises is reported and gets no row;
-    when the others are trained, exit status 1.
+    trained; rows of others do not count. prepare(args) loads the data, before training. optional:
+    keys that rows may have although none of these cells does. A row has figure, scale, dataset,
+    status ("ok" or "diverged"), device, torch, git, code, settings, seconds, the cell's keys and
+    what was measured. A cell that raises is reported and gets no row; when the others are trained,
+    exit status 1.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise SystemExit  # a worker imports a script without a __main__ guard: its parent says so
-    names = sorted({"seed"}.union(*cells))  # of the keys that tell cells apart; some lack some
+    names = sorted({"seed", *optional}.union(*cells))  # keys that tell cells apart; some lack some
     try:
         cells = [_through_json(cell | {"seed": seed}) for seed in args.seeds for cell in cells
                  if cell.get("seed", seed) == seed]
         settings = _through_json(settings or {})
     except Exception as error:
         raise OSError(f"a cell or setting that a row cannot hold: {error}") from None
-    part, parts = args.shard
-    cells = cells[part - 1::parts]
     on_cpu = args.device.type == "cpu"
     head = {"figure": args.figure, "scale": args.scale, "dataset": args.dataset, "status": "ok",
             "device": "cpu" if on_cpu else torch.cuda.get_device_name(args.device),
             "torch": torch.__version__, "git": _git_revision(),
             "code": training_code(train_cell, prepare), "settings": settings}
 
+    if taken := {"seconds", *head}.intersection(names):
+        raise OSError(f"cells cannot have the keys {sorted(taken)}: every row has them")
+
     def key(row):
         return _hashable([row.get(name) for name in names])
+
+    part, parts = args.shard
+    cells = list({key(cell): cell for cell in cells}.values())[part - 1::parts]  # none twice
 
     def counted(rows):  # of rows that stand twice, one
         return {key(row): row for row in rows if row["settings"] == settings}
@@ -1323,10 +1347,16 @@ def _train(todo, train_cell, args, head, prepare):
                 failed += 1
                 print(f"{cell} failed: {result}", file=sys.stderr, flush=True)
                 continue
-            row = head | {"seconds": round(seconds, 1)} | cell | result
+            own = head | {"seconds": round(seconds, 1)} | cell
+            if result == {"status": "diverged"}:
+                own |= result
+            if taken := [name for name in result if own.get(name, result[name]) != result[name]]:
+                print(f"warning: measured {taken} left out, as rows have these names for other "
+                      "values", file=sys.stderr)
+            row = own | result | own
             print(json.dumps(row), file=file, flush=True)
-            if not path.exists():
-                raise OSError(f"{path} was removed")
+            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
+                raise OSError(f"{path} was removed or replaced: rows of this run went with it")
             os.fsync(file.fileno())
             shown = " ".join(f"{name} {value:.3f}" for name, value in result.items()
                              if name.endswith("acc") and isinstance(value, float))
@@ -1352,7 +1382,8 @@ def read_rows(args):
     """All finished rows of this figure, scale and data set, shards included; warns of bad lines."""
     rows, stem = [], f"{args.figure}-{args.scale}"
     wanted = args.figure, args.scale, int, dict
-    for path in sorted([*args.out.glob(f"{stem}.jsonl"), *args.out.glob(f"{stem}.*-of-*.jsonl")]):
+    shards = args.out.glob(f"{glob.escape(stem)}.*-of-*.jsonl")
+    for path in sorted([args.out / f"{stem}.jsonl", *shards]):
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         for number, line in enumerate(text.splitlines(), 1):
             try:
@@ -1377,7 +1408,7 @@ def _finished_cells(todo, train_cell, args):
         return
     # A worker is a pool of one process: if the system kills it, no other worker's cell is lost.
     context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
-    todo, idle, running = list(todo), [], {}
+    todo, idle, running, started = list(todo), [], {}, False
     try:
         while todo or running:
             while todo and len(running) < jobs:
@@ -1389,9 +1420,10 @@ def _finished_cells(todo, train_cell, args):
                 running[worker.submit(_run_cell, train_cell, cell, args)] = cell, worker, ready
             for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
                 cell, worker, ready = running.pop(future)
-                if error := ready.exception():
+                if (error := ready.exception()) and not started:
                     raise OSError(f"worker processes cannot start ({error}): call main() under "
                                   'if __name__ == "__main__", or use --jobs 1')
+                started = started or not error
                 if future.exception():
                     yield cell, "its process was killed, out of memory? Try fewer --jobs", 0
                 else:
@@ -1443,16 +1475,19 @@ def training_code(train_cell, prepare=None):
     It does not change with comments, docstrings and white space, nor with prepare, which loads the
     data.
     """
-    here = Path(globals().get("__file__", ".")).resolve().parent
-    texts, todo = {}, [train_cell]
+    texts, todo = {}, [_function(train_cell)]
+    here = [Path(globals().get("__file__", ".")).resolve().parent]
+    with contextlib.suppress(OSError, TypeError):  # of a script elsewhere
+        here.append(Path(inspect.getsourcefile(todo[0])).resolve().parent)
     while todo:
-        thing = inspect.unwrap(todo.pop())
+        thing = _function(todo.pop())
         if thing is prepare or not (inspect.isfunction(thing) or inspect.isclass(thing)):
             continue
         name = thing.__module__, thing.__qualname__
         try:
             file = Path(inspect.getsourcefile(thing)).resolve()
-            if name in texts or here not in file.parents[:2]:  # deeper: installed packages
+            # deeper: installed packages
+            if name in texts or not set(here).intersection(file.parents[:2]):
                 continue
             text = textwrap.dedent(inspect.getsource(thing))  # slow: parses the whole file
             tree = ast.parse(text)
@@ -1469,6 +1504,14 @@ def training_code(train_cell, prepare=None):
                 if inspect.ismodule(module):
                     todo.append(getattr(module, node.attr, None))
     return hashlib.sha256("".join(sorted(texts.values())).encode()).hexdigest()[:12]
+
+
+def _function(thing):
+    """What is called in the end when thing is, without decorators, bound or partial arguments."""
+    while isinstance(thing, functools.partial) or inspect.ismethod(thing):
+        thing = thing.func if isinstance(thing, functools.partial) else thing.__func__
+    with contextlib.suppress(ValueError):  # an object that has every attribute
+        return inspect.unwrap(thing)
 
 
 def _bare(text):
@@ -1533,10 +1576,13 @@ def summarise(rows, x, y, **where):
 
 
 def crossing(points, level):
-    """First x at which a curve [(x, y, ...), ...] falls through level, linear in log x; or nan."""
+    """First x at which a curve [(x, y, ...), ...] falls through level, linear in log x; or nan.
+
+    nan too between x of which one is not positive, as its logarithm is not finite.
+    """
     for (x0, y0, *_), (x1, y1, *_) in zip(points, points[1:]):
         if y0 >= level > y1:
-            return x0 * (x1 / x0) ** ((y0 - level) / (y0 - y1))
+            return x0 * (x1 / x0) ** ((y0 - level) / (y0 - y1)) if min(x0, x1) > 0 else math.nan
     return math.nan
 
 
@@ -1646,7 +1692,7 @@ def save_tables(args, **tables):
         summary = (f"Claims: {verdicts.count('yes')} hold, {verdicts.count('NO')} fail, "
                    f"{verdicts.count('undecided')} undecided, {unmeasured} not measured yet "
                    f"([all, and every cell]({stem}.md)).\n")
-        block = re.compile(f"(<!-- {stem} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+        block = re.compile(f"(<!-- {re.escape(stem)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
         new = f"\n{summary}\n{_markdown(claims[:6])}\n"
         old = page.read_text(encoding="utf-8")
         page.write_text(block.sub(lambda match: match[1] + new, old), encoding="utf-8")

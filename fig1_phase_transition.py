@@ -299,13 +299,14 @@ def draw_information(ax, rows, style, label, function, **options):
 
 
 def whole_curves(rows, grid):
-    """The rows of those N of which every beta of the grid is there; none if it is one N alone.
+    """The rows of those N of which every beta of the grid is there; none of one N or beta alone.
 
     A map fills what lies between cells: of a grid in training it would show what nobody measured.
     """
-    whole = []
+    whole, rows = [], [row for row in rows if row["beta"] > 0]  # the axes are logarithmic
     for (n,), own in group_by(rows, "n").items():
-        if {row["beta"] for row in own}.issuperset(grid.get(n, ())):
+        betas = {row["beta"] for row in own}
+        if len(betas) > 1 and betas.issuperset(set(grid.get(n, ())) - {0}):
             whole += own
     return whole if len(group_by(whole, "n")) > 1 else []
 
@@ -391,8 +392,9 @@ COLUMNS = {"train": "train_acc", "cross-entropy": "cross_entropy", "I/N": "nats"
 
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
-    rows = ok_rows(run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale],
-                            load_data))
+    rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data,
+                    optional=["steps_factor"])
+    rows = ok_rows(rows)
     for row in rows:
         row["nats"] = row["information"] / row["n"]
     random = ok_rows(rows, labels="random", steps_factor=None)

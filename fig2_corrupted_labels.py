@@ -332,6 +332,7 @@ def model_claims(model, rows, betas):
     """The claims of the left panel about one network; betas: those of the grid."""
     low, high = betas[0], betas[-1]
     paper = dict(zip(PAPER_BETAS, PAPER_ERROR[model]))
+    paper_low = f"{paper[low]:g}%" if low in paper else "–"
     paper_edge = crossing([(beta, 100 - error) for beta, error in paper.items()], 55)
     # two points do not tell where a curve falls
     edge = {"": per_seed(transition, rows)} if len(betas) > 2 else {}
@@ -339,7 +340,7 @@ def model_claims(model, rows, betas):
                              for beta in (low, high))
     return [
         check(f"{model}, random labels: under 15% error at β = {low:g}",
-              f"{paper[low]:g}%", {"": error_low}, (0, 15), "{:.1f}%"),
+              paper_low, {"": error_low}, (0, 15), "{:.1f}%"),
         check(f"{model}, random labels: over 80% error at β = {high:g}",
               f"{max(paper.values()):g}%", {"": error_high}, (80, 100), "{:.1f}%"),
         check(f"{model}: through 55% accuracy at a β from 0.3 to 1.1", f"{paper_edge:.2g}", edge,
@@ -352,7 +353,8 @@ def claims(models, rising, grid):
     """The paper's claims; their thresholds were set before the grid was trained."""
     table = []
     for model, betas in grid["betas"].items():
-        table += model_claims(model, ok_rows(models, model=model), betas)
+        if betas:
+            table += model_claims(model, ok_rows(models, model=model), betas)
     main = ok_rows(rising, n=grid["n"])
     noisy = [row for row in main if row["corruption"] > 0]
     random = ok_rows(rising, corruption=1.0)
@@ -396,7 +398,8 @@ MEASURES = {"train error, %": "error", "cross-entropy": "cross_entropy", "I/N": 
 
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
-    rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data)
+    rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data,
+                    optional=["steps_factor"])
     rows = add_derived(rows)
     models, corrupted = ok_rows(rows, panel="models"), ok_rows(rows, panel="corruption")
     rising = [row for row in corrupted if "rise" in row]

@@ -192,6 +192,7 @@ PAPER_STYLE = dict(color="0.6", marker="s", ms=4)
 KINDS = {"": "mean network", "_sampled": "one sampled network", "_average": "average of draws"}
 NO_CAP = math.inf  # stands for None in tables and curves, so that caps can be sorted
 STYLES = {MAIN_CAP: "C0o-", -2.0: "C1D--", NO_CAP: "C3v:"}  # of curves, by cap
+OTHER_STYLE = "C4x-."
 
 
 def add_derived(rows):
@@ -278,7 +279,8 @@ def beta_panel(ax, rows):
     """Test error of the mean network against beta; of sampled ones under the main cap."""
     ax.plot(PAPER_BETAS, PAPER_ERROR, label="paper", **PAPER_STYLE)
     for (cap,), own in group_by(rows, "cap").items():
-        plot_points(ax, summarise(own, "beta", "test_error"), STYLES[cap], label=cap_name(cap))
+        plot_points(ax, summarise(own, "beta", "test_error"), STYLES.get(cap, OTHER_STYLE),
+                    label=cap_name(cap))
     main = ok_rows(rows, cap=MAIN_CAP)
     for kind, style in (("_sampled", "C0s-"), ("_average", "C0^-")):
         plot_points(ax, summarise(main, "beta", "test_error" + kind), style, mfc="w", alpha=0.6,
@@ -291,9 +293,10 @@ def ratio_panel(ax, rows):
     """The mean network's error over the least of its curve: arms, whatever the error is."""
     ax.plot(PAPER_BETAS, np.divide(PAPER_ERROR, min(PAPER_ERROR)), label="paper", **PAPER_STYLE)
     for (cap,), own in group_by(rows, "cap").items():
-        least = least_error(own)
+        least = least_error(own) or math.nan
         ratios = [row | {"ratio": row["test_error"] / least} for row in own]
-        plot_points(ax, summarise(ratios, "beta", "ratio"), STYLES[cap], label=cap_name(cap))
+        plot_points(ax, summarise(ratios, "beta", "ratio"), STYLES.get(cap, OTHER_STYLE),
+                    label=cap_name(cap))
     ax.set(xscale="log", xlabel="β", title="test error over its least", ylim=(0.95, 1.6))
     ax.legend()
 
@@ -304,7 +307,7 @@ def information_panel(ax, rows):
     for (cap,), own in group_by(rows, "cap").items():
         nats = [max(fewest, mean) for _, mean, *_ in summarise(own, "beta", "nats")]
         error = [mean for _, mean, *_ in summarise(own, "beta", "test_error")]
-        ax.plot(nats, error, STYLES[cap], ms=4, lw=1.2, label=cap_name(cap))
+        ax.plot(nats, error, STYLES.get(cap, OTHER_STYLE), ms=4, lw=1.2, label=cap_name(cap))
     ax.set(xscale="log", xlabel=f"I(w;D)/N, nats (at least {fewest:g})", ylabel="test error, %",
            title="against information")
     ax.legend()
@@ -366,7 +369,7 @@ def claims(width, beta, grid):
     for cap in grid["caps"]:
         cells = [{"max_log_alpha": cap, "beta": b} for b in betas]
         by_cap[cap] = complete_seeds(beta, cells)
-    main = by_cap[MAIN_CAP]
+    main = by_cap.get(MAIN_CAP, [])
     if len(betas) < 4:  # a demo's few steps show a U, no more
         return table + [u_claim(main, MAIN_CAP, betas)]
 
@@ -376,7 +379,7 @@ def claims(width, beta, grid):
     for cap, rows in by_cap.items():
         if cap != MAIN_CAP:
             table += [u_claim(rows, cap, betas), mild_claim(rows, cap, betas)]
-    if by_cap[None] and main:
+    if by_cap.get(None) and main:
         gain = least_error(by_cap[None]) - least_error(main)
         table.append(check("nats do not tell which cap is better: the least error is lower under "
                            f"{cap_name(MAIN_CAP)} than without", "–", {"": gain}, (0, math.inf),

@@ -482,10 +482,14 @@ def add_shares(rows):
     return found
 
 
+def ratio(value, base):
+    return value / base if base else np.nan
+
+
 def shares(row, base):
     """What a row keeps, as shares of what its seed keeps at beta = 0; noise_: white noise does."""
-    found = {"share_named": named(row) / named(base),
-             "share_not_named": not_named(row) / not_named(base)}
+    found = {"share_named": ratio(named(row), named(base)),
+             "share_not_named": ratio(not_named(row), not_named(base))}
     for key in NATS:
         if key in row:
             found[f"share_{key}"] = row[key] / base[key]
@@ -560,12 +564,11 @@ def plot(rows, args):
 
 def saved_faces(args, beta, seed):
     """x and draws of a cell, uint8 (1 + DRAWS, SHOWN, 3, s, s), or None."""
-    path = faces_file(args, beta, seed)
-    if path.exists():
-        saved = torch.load(path)
-        if saved["settings"] == str(SETTINGS[args.scale]):
-            return saved["faces"]
-    return None
+    try:
+        saved = torch.load(faces_file(args, beta, seed))
+    except Exception:  # missing or damaged, in ways that differ in type
+        return None
+    return saved["faces"] if saved["settings"] == str(SETTINGS[args.scale]) else None
 
 
 def plot_faces(rows, args):

@@ -9,6 +9,9 @@ import torch
 import common
 import fig1_phase_transition as fig1
 import fig2_corrupted_labels as fig2
+import fig3_width_beta as fig3
+import fig4_cluttered_mnist as fig4
+import fig5_celeba_vae as fig5
 from common import corrupt_labels
 
 HERE = Path(common.__file__).resolve().parent
@@ -47,6 +50,16 @@ CORRUPTED = [dict(status="ok", seed=0, kind=kind, corruption=fraction, wrong=wro
     ("uniform", 1.0, 0.9, 2.0, 2.0), ("pair", 0.09, 0.09, 0.2, 0.3))]
 SIZES = [dict(status="ok", seed=seed, n=n, rise=rise)
          for n, seed, rise in ((300, 0, 1.0), (300, 1, 2.0), (1000, 0, 3.0), (3000, 1, 2.0))]
+# test error of two seeds: the best beta is 1 by the first, 10 by the second
+ERRORS = [dict(status="ok", seed=seed, beta=beta, test_error=error)
+          for seed, errors in ((0, (50, 30, 40)), (1, (60, 45, 35)))
+          for beta, error in zip((0.1, 1.0, 10.0), errors)]
+STATES = [dict(beta=beta, cross_entropy=ce, nats=nats, objective=ce + beta * nats)
+          for beta, ce, nats in ((0.1, 0.8, 4.0), (1.0, 0.9, 1.5))]
+CLUTTER = [dict(status="ok", seed=0, beta=beta, nats=nats, bound=bound)
+           for beta, nats, bound in ((0.1, 8.0, 64.0), (1.0, 4.0, 16.0), (10.0, 2.0, 4.0))]
+UNDER_NOISE = [row | {"nats": row["nats"] + 1.5} for row in CLUTTER[1:]]
+BASE = dict(attribute_nats=4.0, pixels=10.0, noise=[dict(attribute_nats=2.0, pixels=1.0)])
 QUANTITIES = {
     "fig1: beta at an accuracy": (lambda: fig1.at_accuracy(FALLING, 0.3), 10**0.5),
     "fig1: beta at an accuracy on a step": (lambda: fig1.at_accuracy(FALLING, 0.5), 1.0),
@@ -75,6 +88,22 @@ QUANTITIES = {
         "to N = 1,000:": [1.5], "to N = 3,000:": [-1.0]}),
     "fig2: pair_ratios": (lambda: fig2.pair_ratios(CORRUPTED), {"9% wrong:": [0.4]}),
     "fig2: entropy_spread": (lambda: fig2.entropy_spread(CORRUPTED[1:3]), [2.0]),
+    # each seed at the best beta of the other
+    "fig3: rise_from_best": (lambda: fig3.rise_from_best(ERRORS, "test_error", 0.1), [10, 15]),
+    "fig3: rise_from_best of one seed": (
+        lambda: fig3.rise_from_best(ERRORS[:3], "test_error", 0.1), [20]),
+    "fig3: gap_to_converged": (lambda: fig3.gap_to_converged(STATES), 1.2 - 1.05),
+    "fig4: rises": (lambda: fig4.rises(CLUTTER, "nats"), {
+        "to β = 1:": [-4.0], "to β = 10:": [-2.0]}),
+    "fig4: noise_excess": (lambda: fig4.noise_excess(CLUTTER, UNDER_NOISE, "nats"), {
+        "β = 1:": [1.5], "β = 10:": [1.5]}),
+    "fig4: rank_correlation": (lambda: fig4.rank_correlation(CLUTTER, "bound", "nats"), 1.0),
+    "fig4: log_slope": (lambda: fig4.log_slope(CLUTTER, "bound", "nats"), 0.5),
+    "fig4: log_slope without information": (
+        lambda: fig4.log_slope([row | {"nats": 0.0} for row in CLUTTER], "bound", "nats"),
+        math.nan),
+    "fig5: under_noise": (lambda: fig5.under_noise(BASE, 3.0, "pixels"), 5.5),
+    "fig5: under_noise beyond all noise": (lambda: fig5.under_noise(BASE, 1.0, "pixels"), math.nan),
 }
 
 
@@ -138,6 +167,58 @@ def test_fig1_claims_hold_on_ideal_rows_and_fail_on_chance():
         assert holds == "yes" or not claim.startswith("random labels"), claim
     for part, holds in (("memorised", "NO"), ("not learned", "yes"), ("through 55%", "undecided")):
         assert [v for claim, v in none.items() if part in claim and "random" in claim] == [holds]
+
+
+@pytest.mark.parametrize("log_p, nats", [
+    (torch.full((3, 625), -math.log(625)), 0),
+    (torch.full((3, 625), -math.inf).index_fill(1, torch.tensor([7]), 0), 10 * math.log(625))])
+def test_fig4_nats_of_positions_from_no_and_full_knowledge(log_p, nats):
+    positions = torch.full((3, 10), 7)
+    assert fig4.position_nats(log_p, positions).item() == pytest.approx(nats, abs=1e-4)
+
+
+def test_fig4_the_control_claim_asks_what_noise_leaves_more():
+    leaves_more = fig4.control_claim(*keyed(CLUTTER, UNDER_NOISE), "i_zn_nce")
+    leaves_less = fig4.control_claim(*keyed(UNDER_NOISE, CLUTTER[1:]), "i_zn_nce")
+    assert (leaves_more["holds"], leaves_less["holds"]) == ("yes", "NO")
+
+
+def keyed(*tables):
+    return [[row | {"i_zn_nce": row["nats"]} for row in rows] for rows in tables]
+
+
+def test_fig5_share_kept_of_the_same_and_of_another_mean():
+    x = torch.randn(20_000, 3)
+    assert fig5.share_kept(x, x) == pytest.approx(1)
+    assert fig5.share_kept(x, torch.randn(20_000, 3) + 2) == pytest.approx(0, abs=0.02)
+    # half of the variance is known: E|x - x^|^2 = 1 of 2
+    known = torch.randn(20_000, 3)
+    x, drawn = (known + torch.randn(20_000, 3) for _ in range(2))
+    assert fig5.share_kept(x, drawn) == pytest.approx(0.5, abs=0.02)
+
+
+def test_fig5_ridge_chooses_by_the_error_of_samples_left_out():
+    torch.manual_seed(0)
+    z, target, z_test = torch.randn(20, 5), torch.randn(20, 1), torch.randn(9, 5)
+    target += z[:, :1]
+    ours = fig5.ridge(z, target, z_test)
+    mean, std = z.mean(0), z.std(0) + 1e-6
+    z, z_test = (z - mean) / std, (z_test - mean) / std
+
+    def predict(rows, penalty, x):  # by the definition, with a free intercept
+        centre, inputs = target[rows].mean(0), z[rows].mean(0)
+        a = z[rows] - inputs
+        weight = torch.linalg.solve(a.T @ a + penalty * 20 * torch.eye(5),
+                                    a.T @ (target[rows] - centre))
+        return centre + (x - inputs) @ weight
+
+    errors = {}
+    for penalty in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10):
+        left_out = [predict([j for j in range(20) if j != i], penalty, z[i]) for i in range(20)]
+        errors[penalty] = (torch.stack(left_out) - target).square().mean().item()
+    best = min(errors, key=errors.get)
+    assert 0.001 < best < 10
+    assert torch.allclose(ours, predict(list(range(20)), best, z_test), atol=1e-4)
 
 
 def test_fig1_claims_without_rows_are_not_made():

@@ -6,8 +6,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (_ratio_estimates, density_ratio_information, label_information,
-                    layer_information, total_correlation)
+from common import (_ratio_estimates, alpha_from_information, density_ratio_information,
+                    flat_minimum_bound, g, label_information, layer_information,
+                    layer_information_bound, total_correlation)
 
 torch.set_num_threads(1)
 PARTS = dict(validation=500, held_out=500)
@@ -231,9 +232,10 @@ def test_constant_columns_do_not_count(constant):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dim", [2, 30])
-def test_a_linear_combination_of_columns_is_infinite(dtype, dim):
+@pytest.mark.parametrize("shift", [1, 100, 1000])
+def test_a_linear_combination_of_columns_is_infinite(dtype, dim, shift):
     z = torch.randn(1000, dim, dtype=dtype)
-    combined = torch.cat([z, z @ torch.randn(dim, 1, dtype=dtype) + 1], 1)
+    combined = torch.cat([z, z @ torch.randn(dim, 1, dtype=dtype) + shift], 1)
     assert total_correlation(combined).item() == math.inf
 
 
@@ -242,6 +244,12 @@ def test_nearly_a_combination_is_finite(rest):
     z = torch.randn(100_000, 1)
     pair = torch.cat([z, z + rest * torch.randn(100_000, 1)], 1)
     assert total_correlation(pair).item() == pytest.approx(-math.log(rest), abs=0.02)
+
+
+@pytest.mark.parametrize("shift", [0, 1000])
+def test_a_shift_changes_no_total_correlation(shift):
+    z, exact = gaussian()
+    assert total_correlation((z + shift).float()).item() == pytest.approx(exact, abs=0.01)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -283,6 +291,44 @@ def test_layers_that_are_not_finite_are_refused(which):
     arguments[which][1, 1] = math.nan
     with pytest.raises(ValueError, match="finite"):
         layer_information(*arguments)
+
+
+def test_layer_information_by_hand():
+    x, alpha = torch.tensor([[1.0], [3.0]]), math.log(2)  # noise 1 and 9, variance 1
+    ours = layer_information(torch.ones(1, 1), alpha, x).item()
+    assert ours == pytest.approx(0.5 * (math.log(1 + 5) - math.log(9) / 2))
+
+
+WEIGHT, X = torch.randn(3, 4), torch.randn(50, 4)
+REFUSED = {
+    "a logarithm as alpha": lambda: layer_information(WEIGHT, -6.0, X + 3),
+    "infinite noise": lambda: layer_information(WEIGHT, 800.0, X),
+    "no samples": lambda: layer_information(WEIGHT, 0.1, X[:0]),
+    "tokens": lambda: layer_information(WEIGHT, 0.1, X.view(10, 5, 4)),
+    "an alpha for each unit": lambda: layer_information(WEIGHT, torch.full((3,), 0.1), X),
+    "alpha of each weight": lambda: layer_information_bound(3, torch.full((3, 4), 0.1)),
+    "alpha nan": lambda: g(math.nan),
+    "no weights": lambda: alpha_from_information(5.0, 0),
+    "no curvature": lambda: flat_minimum_bound(WEIGHT, 0.0, 1.0),
+    "no beta": lambda: flat_minimum_bound(WEIGHT, 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_impossible_inputs_are_refused(what):
+    with pytest.raises(ValueError):
+        REFUSED[what]()
+
+
+def test_the_bound_is_a_sum_over_units():
+    ours = layer_information_bound(2, torch.tensor([0.1, 2.0])).item()
+    assert ours == pytest.approx((g(0.1) + g(2.0) + 2).item())
+
+
+def test_flat_minimum_bound_of_half_precision():
+    weight = torch.full((300,), 30.0)
+    ours = flat_minimum_bound(weight.half(), 1.0, 1.0).item()
+    assert ours == pytest.approx(flat_minimum_bound(weight, 1.0, 1.0).item())
 
 
 @pytest.mark.parametrize("labels, nats", [(torch.arange(10).repeat(20), math.log(10)),

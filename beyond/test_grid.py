@@ -77,17 +77,17 @@ class Grid:
 
     def __init__(self, folder, capsys, monkeypatch):
         self.out, self.capsys, self.monkeypatch = folder / "out", capsys, monkeypatch
-        self.path = self.out / "toy-demo.jsonl"
+        self.path, self.name = self.out / "toy-demo.jsonl", "toy.py"
 
     def run(self, *cells, arguments=(), train=train_toy, settings=SETTINGS,
-            prepare=lambda args: print("loaded")):
-        command = ["toy.py", "--scale", "demo", "--out", str(self.out), "--jobs", "1", *arguments]
+            prepare=lambda args: print("loaded"), optional=()):
+        command = [self.name, "--scale", "demo", "--out", str(self.out), "--jobs", "1", *arguments]
         self.monkeypatch.setattr(sys, "argv", command)
         status = 0
         try:
             args = parse_args("A toy.", {"demo": ["synthetic", "other"], "cpu": ["synthetic"]},
                               {"demo": [0], "cpu": [0]})
-            rows = run_grid(cells, train, args, settings, prepare)
+            rows = run_grid(cells, train, args, settings, prepare, optional)
             claim = {"claim": "c", "paper": "p", "ours": f"rows {len(rows)}", "holds": "yes"}
             save_tables(args, claims=[claim, None])
         except SystemExit as end:
@@ -136,6 +136,67 @@ def test_finished_cells_are_not_run_again(grid):
     assert "--out elsewhere" in again.out
     assert "loaded" not in again.out
     assert grid.rows() == rows
+
+
+def test_a_cell_that_is_listed_twice_is_trained_once(grid):
+    assert "2 cells, 0 done" in grid.run(*betas(1, 1.0, 2)).out
+    assert [row["beta"] for row in grid.rows()] == [1, 2]
+
+
+@pytest.mark.parametrize("key", ["dataset", "status", "seconds"])
+def test_cells_with_keys_of_every_row_are_refused_before_training(grid, key):
+    result = grid.run({"beta": 1, key: "a"})
+    assert result.status == 2
+    assert key in result.err
+    assert "loaded" not in result.out
+
+
+@pytest.mark.parametrize("measured", [{"status": "converged"}, {"dataset": "b"}, {"beta": 9},
+                                      {"seed": 3, "settings": {}}])
+def test_what_is_measured_takes_no_name_of_the_row(grid, measured):
+    result = grid.run(*betas(1), train=lambda *_: measured | {"value": 1.0})
+    assert result.status == 0
+    assert str(sorted(measured)) in result.err or str(list(measured)) in result.err
+    row, = grid.rows()
+    assert (row["status"], row["beta"], row["seed"], row["value"]) == ("ok", 1, 0, 1.0)
+    assert "1 cells, 1 done" in grid.run(*betas(1)).out
+
+
+def test_what_is_measured_may_repeat_a_key_of_the_cell(grid):
+    assert grid.run(*betas(1), train=lambda *_: {"beta": 1, "value": 1.0}).err == ""
+
+
+def test_rows_with_an_optional_key_are_no_rows_of_cells_without_it(grid):
+    longer = {"beta": 1, "steps_factor": 2}
+    grid.run(*betas(1), longer)
+    assert "rows 1" in grid.run(*betas(1)).out  # one of both
+    both = grid.run(*betas(1), optional=["steps_factor"])
+    assert "1 cells, 1 done" in both.out
+    assert "rows 2" in both.out
+
+
+@on_unix
+def test_a_rows_file_that_is_replaced_in_mid_run_is_an_error(grid):
+    def train(*arguments):
+        copy = grid.path.with_suffix(".new")
+        copy.write_bytes(grid.path.read_bytes())
+        copy.replace(grid.path)
+        return {"value": 1.0}
+
+    result = grid.run(*betas(1, 2), train=train)
+    assert result.status == 2
+    assert "replaced" in result.err
+
+
+def test_names_of_scripts_and_folders_are_no_patterns(grid):
+    grid.path = grid.out / "toy[1]+(a)-demo.jsonl"
+    grid.name = "toy[1]+(a).py"
+    grid.out.mkdir()
+    page = grid.out / "README.md"
+    page.write_text("<!-- toy[1]+(a)-demo -->\n<!-- end -->\n")
+    grid.run(*betas(1), arguments=["--shard", "1/2"])
+    assert "1 done" in grid.run(*betas(1)).out
+    assert "rows 1" in page.read_text()
 
 
 def test_a_cell_may_have_a_seed_of_its_own(grid):
@@ -314,6 +375,25 @@ def test_workers_report_failures_and_deaths_and_go_on(grid):
     grid.path.unlink()
     grid.run({"do": "no"})
     assert grid.rows()[0]["value"] == rows["no"]["value"]  # the same in one process
+
+
+@on_unix
+def test_a_worker_that_dies_at_its_start_costs_one_cell(grid, monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "_set_up_worker", die_third)
+    monkeypatch.setenv("STARTS", str(tmp_path / "starts"))
+    (tmp_path / "starts").mkdir()
+    result = grid.run({"do": "die"}, *betas(1, 2, 3, sleep=1), arguments=["--jobs", "2"])
+    assert result.status == 1
+    assert "2 of 4 cells failed" in result.err
+    assert len(grid.rows()) == 2
+
+
+def die_third(train_cell):
+    """Set up a worker; the third that starts is killed."""
+    starts = Path(os.environ["STARTS"])
+    (starts / str(os.getpid())).touch()
+    if len(list(starts.iterdir())) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_what_cannot_be_sent_to_workers_is_said(grid):

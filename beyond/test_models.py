@@ -303,3 +303,14 @@ def test_batch_norm_may_be_called_by_keyword():
 def test_logits_of_one_dimension_are_refused():
     with pytest.raises(ValueError, match="should be classes"):
         ib_loss(torch.zeros(4), torch.arange(4), to_stochastic(nn.Linear(2, 2)), 1.0, 4)
+
+
+def test_batch_norm_statistics_of_rows_sorted_by_class():
+    x = torch.cat([torch.randn(1000, 3), 10 + torch.randn(1000, 3)])
+    net = common.recalibrate_bn(nn.Sequential(nn.BatchNorm1d(3)), x)
+    torch.testing.assert_close(net[0].running_var, x.var(0), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("layer", [StochasticLinear(50, 30), to_stochastic(nn.Conv2d(3, 4, 3))])
+def test_layers_start_at_a_log_alpha_of_minus_6(layer):
+    torch.testing.assert_close(layer.log_alpha, torch.full_like(layer.weight, -6.0))

@@ -3,6 +3,7 @@
 Then estimators that are trained, where the answer is known.
 """
 import argparse
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -366,3 +367,25 @@ def test_training_code_is_that_of_nets_and_training(monkeypatch, tmp_path, old, 
     assert old in FIG1_TEXT
     before, after = code_of(tmp_path, FIG1_TEXT), code_of(tmp_path, FIG1_TEXT.replace(old, new))
     assert (before != after) == changes
+
+
+def test_training_code_is_told_of_scripts_in_another_folder(tmp_path):
+    codes = [code_of(tmp_path, text)
+             for text in (FIG1_TEXT, FIG1_TEXT.replace("loss.backward()", "pass"))]
+    assert codes[0] != codes[1]
+
+
+class Trainer:
+    def __getattr__(self, name):  # has any attribute
+        return self
+
+    def train(self, cell, device, args, progress):
+        return {"value": 1.0}
+
+
+def test_training_code_looks_through_partial_and_bound_functions():
+    code = common.training_code(Trainer.train)
+    assert code != common.training_code(None)  # of nothing
+    assert common.training_code(functools.partial(Trainer.train, None)) == code
+    assert common.training_code(Trainer().train) == code
+    common.training_code(Trainer())  # ends
