@@ -1238,20 +1238,18 @@ def _device(gpu):
 
 
 @_user_errors()
-def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None, optional=()):
+def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
     """Train every cell that has no row yet, for each seed or the cell's own; return all rows.
 
     train_cell(cell, device, args, progress) returns what it measured (dict), and calls
     progress(step, steps, loss), which ends a cell whose loss is not finite. settings: how cells are
-    trained; rows of others do not count. prepare(args) loads the data, before training. optional:
-    keys that rows may have although none of these cells does. A row has figure, scale, dataset,
-    status ("ok" or "diverged"), device, torch, git, code, settings, seconds, the cell's keys and
-    what was measured. A cell that raises is reported and gets no row; when the others are trained,
-    exit status 1.
+    trained; rows of others do not count. prepare(args) loads the data, before training. A row has
+    figure, scale, dataset, status ("ok" or "diverged"), device, torch, git, code, settings,
+    seconds, keys (of the cell), the cell and what was measured. A cell that raises is reported and
+    gets no row; when the others are trained, exit status 1.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise SystemExit  # a worker imports a script without a __main__ guard: its parent says so
-    names = sorted({"seed", *optional}.union(*cells))  # keys that tell cells apart; some lack some
     try:
         cells = [_through_json(cell | {"seed": seed}) for seed in args.seeds for cell in cells
                  if cell.get("seed", seed) == seed]
@@ -1264,8 +1262,11 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None, 
             "torch": torch.__version__, "git": _git_revision(),
             "code": training_code(train_cell, prepare), "settings": settings}
 
-    if taken := {"seconds", *head}.intersection(names):
+    if taken := {"seconds", "keys", *head} & set().union(*cells):
         raise OSError(f"cells cannot have the keys {sorted(taken)}: every row has them")
+    found = read_rows(args)
+    # what tells cells apart; some lack some, or only those of rows have them
+    names = sorted({"seed"}.union(*cells, *(row.get("keys", ()) for row in found)))
 
     def key(row):
         return _hashable([row.get(name) for name in names])
@@ -1276,7 +1277,6 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None, 
     def counted(rows):  # of rows that stand twice, one
         return {key(row): row for row in rows if row["settings"] == settings}
 
-    found = read_rows(args)
     rows = counted(found)
     todo = [cell for cell in cells if key(cell) not in rows]
     print(f"{args.figure}: device {head['device']}, scale {args.scale}, data {args.dataset}, "
@@ -1347,7 +1347,7 @@ def _train(todo, train_cell, args, head, prepare):
                 failed += 1
                 print(f"{cell} failed: {result}", file=sys.stderr, flush=True)
                 continue
-            own = head | {"seconds": round(seconds, 1)} | cell
+            own = head | {"seconds": round(seconds, 1), "keys": list(cell)} | cell
             if result == {"status": "diverged"}:
                 own |= result
             if taken := [name for name in result if own.get(name, result[name]) != result[name]]:

@@ -392,9 +392,8 @@ COLUMNS = {"train": "train_acc", "cross-entropy": "cross_entropy", "I/N": "nats"
 
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
-    rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data,
-                    optional=["steps_factor"])
-    rows = ok_rows(rows)
+    rows = ok_rows(run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale],
+                            load_data))
     for row in rows:
         row["nats"] = row["information"] / row["n"]
     random = ok_rows(rows, labels="random", steps_factor=None)

@@ -398,8 +398,7 @@ MEASURES = {"train error, %": "error", "cross-entropy": "cross_entropy", "I/N": 
 
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
-    rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data,
-                    optional=["steps_factor"])
+    rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data)
     rows = add_derived(rows)
     models, corrupted = ok_rows(rows, panel="models"), ok_rows(rows, panel="corruption")
     rising = [row for row in corrupted if "rise" in row]

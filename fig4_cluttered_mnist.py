@@ -544,8 +544,7 @@ def make_cells(scale):
 
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
-    rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data,
-                    optional=["control"])
+    rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data)
     trained, control = ok_rows(rows, control=None), ok_rows(rows, control="noise")
     plot(trained, control, args)
     save_tables(args, claims=claims(trained, control, GRID[args.scale]),

@@ -80,14 +80,14 @@ class Grid:
         self.path, self.name = self.out / "toy-demo.jsonl", "toy.py"
 
     def run(self, *cells, arguments=(), train=train_toy, settings=SETTINGS,
-            prepare=lambda args: print("loaded"), optional=()):
+            prepare=lambda args: print("loaded")):
         command = [self.name, "--scale", "demo", "--out", str(self.out), "--jobs", "1", *arguments]
         self.monkeypatch.setattr(sys, "argv", command)
         status = 0
         try:
             args = parse_args("A toy.", {"demo": ["synthetic", "other"], "cpu": ["synthetic"]},
                               {"demo": [0], "cpu": [0]})
-            rows = run_grid(cells, train, args, settings, prepare, optional)
+            rows = run_grid(cells, train, args, settings, prepare)
             claim = {"claim": "c", "paper": "p", "ours": f"rows {len(rows)}", "holds": "yes"}
             save_tables(args, claims=[claim, None])
         except SystemExit as end:
@@ -143,7 +143,7 @@ def test_a_cell_that_is_listed_twice_is_trained_once(grid):
     assert [row["beta"] for row in grid.rows()] == [1, 2]
 
 
-@pytest.mark.parametrize("key", ["dataset", "status", "seconds"])
+@pytest.mark.parametrize("key", ["dataset", "status", "seconds", "keys"])
 def test_cells_with_keys_of_every_row_are_refused_before_training(grid, key):
     result = grid.run({"beta": 1, key: "a"})
     assert result.status == 2
@@ -166,13 +166,10 @@ def test_what_is_measured_may_repeat_a_key_of_the_cell(grid):
     assert grid.run(*betas(1), train=lambda *_: {"beta": 1, "value": 1.0}).err == ""
 
 
-def test_rows_with_an_optional_key_are_no_rows_of_cells_without_it(grid):
-    longer = {"beta": 1, "steps_factor": 2}
-    grid.run(*betas(1), longer)
-    assert "rows 1" in grid.run(*betas(1)).out  # one of both
-    both = grid.run(*betas(1), optional=["steps_factor"])
-    assert "1 cells, 1 done" in both.out
-    assert "rows 2" in both.out
+def test_rows_of_cells_with_one_more_key_are_rows_of_their_own(grid):
+    grid.run({"beta": 1, "steps_factor": 2})
+    assert "1 cells, 0 done" in grid.run(*betas(1)).out
+    assert "rows 2" in grid.run(*betas(1)).out
 
 
 @on_unix
