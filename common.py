@@ -1353,7 +1353,7 @@ def _train(todo, train_cell, args, head, prepare):
             if taken := [name for name in result if own.get(name, result[name]) != result[name]]:
                 print(f"warning: measured {taken} left out, as rows have these names for other "
                       "values", file=sys.stderr)
-            row = own | result | own
+            row = own | result | own  # what was measured comes last, and changes nothing
             print(json.dumps(row), file=file, flush=True)
             if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
                 raise OSError(f"{path} was removed or replaced: rows of this run went with it")
@@ -1475,10 +1475,10 @@ def training_code(train_cell, prepare=None):
     It does not change with comments, docstrings and white space, nor with prepare, which loads the
     data.
     """
-    texts, todo = {}, [_function(train_cell)]
-    here = [Path(globals().get("__file__", ".")).resolve().parent]
+    texts, todo = {}, [train_cell]
+    here = {Path(globals().get("__file__", ".")).resolve().parent}
     with contextlib.suppress(OSError, TypeError):  # of a script elsewhere
-        here.append(Path(inspect.getsourcefile(todo[0])).resolve().parent)
+        here.add(Path(inspect.getsourcefile(_function(train_cell))).resolve().parent)
     while todo:
         thing = _function(todo.pop())
         if thing is prepare or not (inspect.isfunction(thing) or inspect.isclass(thing)):
@@ -1486,8 +1486,7 @@ def training_code(train_cell, prepare=None):
         name = thing.__module__, thing.__qualname__
         try:
             file = Path(inspect.getsourcefile(thing)).resolve()
-            # deeper: installed packages
-            if name in texts or not set(here).intersection(file.parents[:2]):
+            if name in texts or here.isdisjoint(file.parents[:2]):  # deeper: installed packages
                 continue
             text = textwrap.dedent(inspect.getsource(thing))  # slow: parses the whole file
             tree = ast.parse(text)

@@ -378,14 +378,14 @@ def make_cells(scale):
         for n, betas in grid[labels].items():
             one = [{"labels": labels, "n": n, "beta": beta} for beta in betas]
             if scale == "cpu" and n in LARGE:
-                one = [cell | {"seed": seed} for seed in SEEDS_LARGE[labels] for cell in one]
-                if labels == "random":
-                    one = [cell | {"steps_factor": RANDOM_LARGE} for cell in one]
+                more = {"steps_factor": RANDOM_LARGE} if labels == "random" else {}
+                one = [cell | {"seed": seed} | more for seed in SEEDS_LARGE[labels] for cell in one]
             cells += one
-    for labels, n, beta in grid["longer"]:
-        factor = RANDOM_LARGE if labels == "random" and n in LARGE else 1
-        cells.append({"labels": labels, "n": n, "beta": beta, "seed": 0, "longer": True,
-                      "steps_factor": 2 * factor})
+    for cell in list(cells):
+        named = (cell["labels"], cell["n"], cell["beta"]) in grid["longer"]
+        if named and cell.get("seed", 0) == 0:
+            factor = 2 * cell.get("steps_factor", 1)
+            cells.append(cell | {"seed": 0, "longer": True, "steps_factor": factor})
     return sorted(cells, key=itemgetter("n"))  # the cheap ones first, so real labels before random
 
 

@@ -338,25 +338,26 @@ def model_claims(rows, betas_of):
             at_high[model] = [row["error"] for row in ok_rows(own, beta=betas[-1])]
         if len(betas) > 2:  # two points do not tell where a curve falls
             edge[model] = per_seed(transition, own)
-    paper_edge = []
-    for errors in PAPER_ERROR.values():
-        curve = [(beta, 100 - error) for beta, error in zip(PAPER_BETAS, errors)]
-        paper_edge.append(f"{crossing(curve, 55):.2g}")
+    paper_edge = in_paper(edge_of_errors, "{:.2g}")
     return [
-        check("random labels, smallest β: under 15% error", in_paper(min), at_low, (0, 15),
-              "{:.1f}%"),
-        check("random labels, largest β: over 80% error", in_paper(max), at_high, (80, 100),
-              "{:.1f}%"),
-        check("random labels: through 55% accuracy at a β from 0.3 to 1.1", "; ".join(paper_edge),
-              edge, (0.3, 1.1)),
-        check("random labels: through 55% accuracy before β = 1", "; ".join(paper_edge), edge,
-              (0, 1)),
+        check("random labels, smallest β: under 15% error", in_paper(min, "{:g}%"), at_low,
+              (0, 15), "{:.1f}%"),
+        check("random labels, largest β: over 80% error", in_paper(max, "{:g}%"), at_high,
+              (80, 100), "{:.1f}%"),
+        check("random labels: through 55% accuracy at a β from 0.3 to 1.1", paper_edge, edge,
+              (0.3, 1.1)),
+        check("random labels: through 55% accuracy before β = 1", paper_edge, edge, (0, 1)),
     ]
 
 
-def in_paper(end):
-    """The least or largest error of each of the paper's networks, as text."""
-    return "; ".join(f"{end(errors):g}%" for errors in PAPER_ERROR.values())
+def in_paper(function, form):
+    """function(train errors over beta) of each of the paper's networks, as text."""
+    return "; ".join(form.format(function(errors)) for errors in PAPER_ERROR.values())
+
+
+def edge_of_errors(errors):
+    """The beta at which the paper's train accuracy falls through 55%."""
+    return crossing([(beta, 100 - error) for beta, error in zip(PAPER_BETAS, errors)], 55)
 
 
 def claims(models, rising, grid):

@@ -20,6 +20,7 @@ Adam, every parameter with noise, beta raised from 0. Errors are of the mean net
 network (the mean over draws) and of the draws' average prediction.
 """
 import math
+from collections import defaultdict
 from functools import partial
 from operator import itemgetter
 
@@ -191,8 +192,8 @@ PAPER_ERROR = (9.16, 9.10, 8.42, 8.06, 8.24, 8.49, 8.75, 8.93, 9.30, 9.41, 9.64)
 PAPER_STYLE = dict(color="0.6", marker="s", ms=4)
 KINDS = {"": "mean network", "_sampled": "one sampled network", "_average": "average of draws"}
 NO_CAP = math.inf  # stands for None in tables and curves, so that caps can be sorted
-STYLES = {MAIN_CAP: "C0o-", -2.0: "C1D--", NO_CAP: "C3v:"}  # of curves, by cap
-OTHER_STYLE = "C4x-."
+# of curves, by cap; the first of any other cap
+STYLES = defaultdict(lambda: "C4x-.", {MAIN_CAP: "C0o-", -2.0: "C1D--", NO_CAP: "C3v:"})
 
 
 def add_derived(rows):
@@ -279,8 +280,7 @@ def beta_panel(ax, rows):
     """Test error of the mean network against beta; of sampled ones under the main cap."""
     ax.plot(PAPER_BETAS, PAPER_ERROR, label="paper", **PAPER_STYLE)
     for (cap,), own in group_by(rows, "cap").items():
-        plot_points(ax, summarise(own, "beta", "test_error"), STYLES.get(cap, OTHER_STYLE),
-                    label=cap_name(cap))
+        plot_points(ax, summarise(own, "beta", "test_error"), STYLES[cap], label=cap_name(cap))
     main = ok_rows(rows, cap=MAIN_CAP)
     for kind, style in (("_sampled", "C0s-"), ("_average", "C0^-")):
         plot_points(ax, summarise(main, "beta", "test_error" + kind), style, mfc="w", alpha=0.6,
@@ -295,8 +295,7 @@ def ratio_panel(ax, rows):
     for (cap,), own in group_by(rows, "cap").items():
         least = least_error(own) or math.nan
         ratios = [row | {"ratio": row["test_error"] / least} for row in own]
-        plot_points(ax, summarise(ratios, "beta", "ratio"), STYLES.get(cap, OTHER_STYLE),
-                    label=cap_name(cap))
+        plot_points(ax, summarise(ratios, "beta", "ratio"), STYLES[cap], label=cap_name(cap))
     ax.set(xscale="log", xlabel="β", title="test error over its least", ylim=(0.95, 1.6))
     ax.legend()
 
@@ -307,7 +306,7 @@ def information_panel(ax, rows):
     for (cap,), own in group_by(rows, "cap").items():
         nats = [max(fewest, mean) for _, mean, *_ in summarise(own, "beta", "nats")]
         error = [mean for _, mean, *_ in summarise(own, "beta", "test_error")]
-        ax.plot(nats, error, STYLES.get(cap, OTHER_STYLE), ms=4, lw=1.2, label=cap_name(cap))
+        ax.plot(nats, error, STYLES[cap], ms=4, lw=1.2, label=cap_name(cap))
     ax.set(xscale="log", xlabel=f"I(w;D)/N, nats (at least {fewest:g})", ylabel="test error, %",
            title="against information")
     ax.legend()
