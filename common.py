@@ -198,9 +198,13 @@ class _StochasticWeight:
 
     def _make_plain(self):
         """Be the plain layer again, in place, with the present weights."""
+        plain = {noisy.forward: layer for layer, noisy in STOCHASTIC.items()}
+        if type(self).forward not in plain or "weight" not in self._parameters:
+            raise TypeError(f"{type(self).__name__} has a forward or a weight of its own, as no "
+                            "plain layer has: remove its parametrisations, or use its base class")
         for name in ("log_sigma2", "noise", "local", "max_log_alpha", "_initial_log_alpha"):
             delattr(self, name)
-        self.__class__ = next(c for c in type(self).__mro__ if not issubclass(c, _StochasticWeight))
+        self.__class__ = plain[type(self).forward]
 
     @property
     def log_alpha(self):
@@ -249,12 +253,14 @@ class _StochasticWeight:
 
     def __getstate__(self):
         """Copies and pickles made within sample_weights() start clean."""
-        return {name: value for name, value in vars(self).items() if name != "sampling"}
+        state = super().__getstate__()
+        state.pop("sampling", None)
+        return state
 
     def get_extra_state(self):
         """What the state needs to mean as many nats: the kind of noise and its cap, a tensor."""
         cap = math.inf if self.max_log_alpha is None else self.max_log_alpha
-        return torch.tensor([self.noise == "lognormal", cap])
+        return torch.tensor([self.noise == "lognormal", cap], dtype=torch.double)
 
     def set_extra_state(self, state):
         log_normal, cap = state.tolist()
@@ -334,7 +340,7 @@ def to_stochastic(module, *, skip=(), **options):
         raise ValueError(f"skip names {unknown}, which the model does not have")
     spared = {m for name in skip if name in layers for m in layers[name].modules()}
     spared_parameters = [parameters[name] for name in skip if name in parameters]
-    noise = {}
+    noise = {m.weight: m.log_sigma2 for m in layers.values() if isinstance(m, _StochasticWeight)}
     for layer in layers.values():
         weight = layer._parameters.get("weight")  # not that of a hook, such as weight_norm's
         skipped = layer in spared or any(weight is p for p in spared_parameters)
@@ -349,6 +355,7 @@ def to_stochastic(module, *, skip=(), **options):
 def _warn_of_plain_weights(layers, spared, spared_parameters):
     """Name the weights without noise, but the spared ones, and their share of all weights."""
     plain, sizes, sizes_plain = [], {}, {}
+    counted = {m.weight for m in layers.values() if isinstance(m, _StochasticWeight)}
     for prefix, layer in layers.items():
         weights = dict(layer.named_parameters(recurse=False))
         if inspect.ismethod(getattr(layer, "weight", None)):  # a quantised layer
@@ -359,8 +366,7 @@ def _warn_of_plain_weights(layers, spared, spared_parameters):
                 continue
             size = 0 if lazy else weight.numel()
             sizes[weight] = size  # holds the weights: no two have one id
-            stochastic = isinstance(layer, _StochasticWeight)
-            if not stochastic and layer not in spared and not any(
+            if weight not in counted and layer not in spared and not any(
                     weight is p for p in spared_parameters):
                 plain.append(f"{prefix}.{name}".lstrip("."))
                 sizes_plain[weight] = size
@@ -374,11 +380,14 @@ def _warn_of_plain_weights(layers, spared, spared_parameters):
 def sample_weights(model):
     """A context in which stochastic layers draw noise in any mode, for activations z ~ p(z|x)."""
     before = {m: m.sampling for m in model.modules() if isinstance(m, _StochasticWeight)}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's: past the layers
     try:
         for m in before:
             m.sampling = True
         yield model
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for m, sampling in before.items():
             m.sampling = sampling
 
@@ -414,7 +423,8 @@ def _plain_copy(model, draw):
 def recalibrate_bn(net, x):
     """Estimate the statistics of the batch-norm layers of a net from images x, in place; return it.
 
-    A layer in eval() within a net in train() is frozen and left. Dropout is off meanwhile.
+    A layer in eval() within a net in train() is frozen and left, as is one that the net does not
+    call. Dropout is off meanwhile.
     ValueError without images.
     """
     if not len(x):
@@ -427,6 +437,8 @@ def recalibrate_bn(net, x):
 
     def weigh(layer, args, kwargs):  # every part counts by its number of samples
         (inputs,) = (*args, *kwargs.values())
+        if not seen[layer]:
+            layer.reset_running_stats()
         seen[layer] += len(inputs)
         layer.momentum = len(inputs) / seen[layer]
 
@@ -434,7 +446,6 @@ def recalibrate_bn(net, x):
     try:
         net.eval()
         for layer in layers:
-            layer.reset_running_stats()
             layer.train()
         parts = math.ceil(len(x) / 500) if layers else 0
         for part in range(parts):  # interleaved, as rows may be sorted by class; none is small
@@ -497,9 +508,9 @@ def predict(model, x):
 
 def accuracy(logits, labels):
     """Fraction of logits (n, classes) whose largest entry is at the label (n,): float."""
-    if labels.shape != logits.shape[:1]:
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"labels {tuple(labels.shape)}, logits {tuple(logits.shape)}: "
-                         "labels should be (n,)")
+                         "they should be (n,) and (n, classes)")
     return (logits.argmax(1) == labels).float().mean().item()
 
 
@@ -508,8 +519,11 @@ def evaluate(model, x, y, x_test, y_test, draws=8):
     """Accuracies, and nats per training sample, of networks with batch norm of their own: dict.
 
     train_acc, cross_entropy, test_acc_sampled: of one sampled network, the mean over draws.
-    train_acc_mean, test_acc: of the mean network.
+    train_acc_mean, test_acc: of the mean network. ValueError without draws.
     """
+    if draws < 1:
+        raise ValueError(f"draws={draws} must be >= 1")
+
     def measure(net):
         recalibrate_bn(net, x).eval()
         logits, logits_test = predict(net, x), predict(net, x_test)
@@ -967,14 +981,19 @@ def load_images(dataset, data_dir, n_train, n_test):
 
 def draw_subset(x, y, n, generator):
     """n of the pairs (x, y), drawn without repetition. DataError if there are fewer."""
-    if n > len(x):
+    if not 0 <= n <= len(x):
         raise DataError(f"{n} images are needed, the data set has {len(x)}")
     index = torch.randperm(len(x), generator=generator, device=generator.device)[:n].to(x.device)
     return x[index], y[index]
 
 
 def normalise(images, mean, std, size):
-    """Central size x size crops of uint8 images, normalised by channel: float, channels last."""
+    """Central size x size crops of uint8 images, normalised by channel: float, channels last.
+
+    ValueError for smaller images.
+    """
+    if min(images.shape[2:]) < size:
+        raise ValueError(f"images {tuple(images.shape)} are smaller than {size} x {size}")
     top, left = ((side - size) // 2 for side in images.shape[2:])
     crop = images[:, :, top:top + size, left:left + size]
     return ((crop.float() - mean) / std).contiguous(memory_format=torch.channels_last)
@@ -1472,8 +1491,8 @@ def _set_up_worker(train_cell):
 def training_code(train_cell, prepare=None):
     """A hash of the code of train_cell and of all that it calls in this project: str.
 
-    It does not change with comments, docstrings and white space, nor with prepare, which loads the
-    data.
+    It changes with the numbers and strings that they name, and not with comments, docstrings and
+    layout, nor with prepare, which loads the data.
     """
     texts, todo = {}, [train_cell]
     here = {Path(globals().get("__file__", ".")).resolve().parent}
@@ -1497,6 +1516,8 @@ def training_code(train_cell, prepare=None):
         for node in ast.walk(tree):  # what it names: f, a dict of functions, module.f
             if isinstance(node, ast.Name):
                 named = scope.get(node.id)
+                if isinstance(named, (int, float, str)) and not node.id.startswith("__"):
+                    texts[thing.__module__, node.id] = f"{node.id}={named!r}"
                 todo += named.values() if isinstance(named, dict) else [named]
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 module = scope.get(node.value.id)
@@ -1514,12 +1535,15 @@ def _function(thing):
 
 
 def _bare(text):
-    """A text of Python without comments, docstrings and white space."""
+    """A text of Python without comments, docstrings and white space, its blocks in braces."""
     kept, before = "", None
+    marks = {tokenize.INDENT: "{", tokenize.DEDENT: "}", tokenize.NEWLINE: ";", tokenize.COMMENT: ""}
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         docstring = token.type == tokenize.STRING and before == tokenize.INDENT
-        if token.type != tokenize.COMMENT and not docstring:
-            kept += token.string
+        if docstring:
+            continue  # with the end of its line
+        if not (token.type == tokenize.NEWLINE and before == tokenize.INDENT):
+            kept += marks.get(token.type, token.string)
         before = token.type
     return "".join(kept.split())
 

@@ -453,6 +453,8 @@ def test_evaluate_is_a_loop_by_hand(n, local):
 
 def test_at_least_four_networks_are_sampled():
     assert inspect.signature(evaluate).parameters["draws"].default >= 4
+    with pytest.raises(ValueError, match="draws=0"):
+        evaluate(noisy_net(), *[None] * 4, draws=0)
 
 
 def test_accuracy_refuses_labels_that_would_broadcast():
@@ -460,6 +462,8 @@ def test_accuracy_refuses_labels_that_would_broadcast():
     assert accuracy(logits, labels) == 0.75
     with pytest.raises(ValueError, match="labels"):
         accuracy(logits, labels[:, None])
+    with pytest.raises(ValueError, match="labels"):
+        accuracy(logits[:, :, None], labels)
 
 
 # === 1. Conversion: to_stochastic

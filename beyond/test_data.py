@@ -159,6 +159,13 @@ def test_subsets_are_drawn_without_repetition():
     assert torch.equal(few, draw_subset(x, y, 20, torch.Generator().manual_seed(1))[0])
     with pytest.raises(DataError, match="51 .* 50"):
         draw_subset(x, y, 51, torch.Generator())
+    with pytest.raises(DataError, match="-1"):
+        draw_subset(x, y, -1, torch.Generator())
+
+
+def test_images_smaller_than_their_crop_are_refused():
+    with pytest.raises(ValueError, match="smaller than 28 x 28"):
+        common.normalise(torch.zeros(2, 1, 20, 40, dtype=torch.uint8), 0.0, 1.0, 28)
 
 
 @pytest.mark.parametrize("fraction, kind", [(1.5, "uniform"), (-0.1, "uniform"), (0.5, "flip")])

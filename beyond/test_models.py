@@ -114,6 +114,22 @@ def test_converting_twice_changes_nothing():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_weights_tied_to_converted_ones_share_their_noise():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    to_stochastic(model[0], log_alpha=-3.0)
+    to_stochastic(model)
+    assert model[1].log_sigma2 is model[0].log_sigma2
+    torch.testing.assert_close(model[1].log_alpha, torch.full((3, 3), -3.0))
+
+
+def test_weights_tied_to_an_embedding_are_counted(recwarn):
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
+    model[1].weight = model[0].weight
+    to_stochastic(model)
+    assert not [w for w in recwarn if "counted" in str(w.message)]
+
+
 def test_a_layer_held_twice_stays_one():
     shared = nn.Linear(3, 3)
     model = to_stochastic(nn.Sequential(shared, nn.ReLU(), shared))
@@ -199,6 +215,33 @@ def test_copies_keep_the_modes_of_layers(make):
     assert [m.training for m in make(model)] == [True, False, True, True]
 
 
+@pytest.mark.parametrize("make", [copy.deepcopy, sampled_network, mean_network])
+def test_copies_of_a_compiled_layer_have_weights_of_their_own(make):
+    layer, x = StochasticLinear(4, 3).eval(), torch.randn(2, 4)
+    layer.compile(backend="eager")
+    other = make(layer)
+    other.weight.data.zero_()
+    torch.testing.assert_close(other(x), layer.bias.expand(2, 3))
+
+
+class Doubled(StochasticLinear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("make", [sampled_network, mean_network])
+@pytest.mark.parametrize("layer", [Doubled(4, 3), parametrizations.weight_norm(
+    StochasticLinear(4, 3))], ids=["subclass", "parametrised"])
+def test_layers_that_no_plain_layer_can_stand_for_are_refused(make, layer):
+    with pytest.raises(TypeError, match="no plain layer has"):
+        make(nn.Sequential(layer))
+
+
+@pytest.mark.parametrize("make", [sampled_network, mean_network])
+def test_a_subclass_with_the_forward_of_its_layer_becomes_that_layer(make):
+    assert type(make(type("Named", (StochasticLinear,), {})(4, 3))) is nn.Linear
+
+
 @pytest.mark.parametrize("skip, plain", [("0", [0]), (["1", "2"], [1, 2]), ("1.0.weight", [1]),
                                          (("0.weight", "2"), [0, 2])])
 def test_skipped_layers_blocks_and_weights_stay_plain(skip, plain):
@@ -279,6 +322,22 @@ def test_weight_information_is_that_of_all_layers_however_held():
     assert weight_information(model).item() == pytest.approx(nats, rel=1e-4)
 
 
+def test_a_checkpoint_keeps_the_cap_to_the_last_digit():
+    twin = StochasticLinear(4, 3)
+    twin.load_state_dict(StochasticLinear(4, 3, max_log_alpha=-0.71).state_dict())
+    assert twin.max_log_alpha == -0.71
+
+
+@torch.no_grad()
+def test_noise_is_drawn_in_the_encoder_of_torch_in_eval():
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=8, batch_first=True).eval()
+    model, x = to_stochastic(layer, skip="self_attn", log_alpha=0.0), torch.randn(2, 3, 8)
+    assert torch.equal(model(x), model(x))
+    with sample_weights(model):
+        assert not torch.allclose(model(x), model(x))
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_frozen_weights_have_frozen_noise():
     layer = nn.Linear(4, 3)
     layer.weight.requires_grad_(False)
@@ -298,6 +357,21 @@ def test_batch_norm_may_be_called_by_keyword():
 
     net, x = Net(), 2 + torch.randn(50, 3)
     torch.testing.assert_close(common.recalibrate_bn(net, x).norm.running_mean, x.mean(0))
+
+
+def test_batch_norm_that_is_not_called_is_left():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.auxiliary = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+            self.auxiliary.running_mean.fill_(7.0)
+
+        def forward(self, x):
+            return self.norm(x)
+
+    net = common.recalibrate_bn(Net().eval(), torch.randn(50, 3))
+    assert net.auxiliary.running_mean.tolist() == [7, 7, 7]
+    assert not net.auxiliary.training
 
 
 def test_logits_of_one_dimension_are_refused():

@@ -356,6 +356,8 @@ def code_of(folder, text):
     ("x + (shift", "x - (shift", True),  # a class that the network calls
     ("beta_now / n * nats", "beta_now * nats", True),  # the training loop
     ('s["draws"])', '4)', True),
+    ("        if step % 100 == 0 or step == steps - 1:\n            progress",  # out of the loop
+     "    if step % 100 == 0 or step == steps - 1:\n        progress", True),
     ("# eq. 3, per sample", "# the loss", False),
     ('"""Train and measure one net.', '"""Measure and train one net.', False),
     ("        loss.backward()\n", "        loss.backward()\n\n", False),
@@ -373,6 +375,11 @@ def test_training_code_is_told_of_scripts_in_another_folder(tmp_path):
     codes = [code_of(tmp_path, text)
              for text in (FIG1_TEXT, FIG1_TEXT.replace("loss.backward()", "pass"))]
     assert codes[0] != codes[1]
+
+
+def test_training_code_has_the_constants_that_it_names(tmp_path):
+    text = "HOLD = 0.6\n" + FIG1_TEXT.replace('s["hold"]', "HOLD")
+    assert code_of(tmp_path, text) != code_of(tmp_path, text.replace("HOLD = 0.6", "HOLD = 0.7"))
 
 
 class Trainer:
