@@ -196,6 +196,11 @@ class _StochasticWeight:
         self._initial_log_alpha = log_alpha
         self.log_alpha = log_alpha
 
+    def reset_parameters(self):
+        super().reset_parameters()
+        if "log_sigma2" in self._parameters:  # not within __init__
+            self.log_alpha = self._initial_log_alpha
+
     def _make_plain(self):
         """Be the plain layer again, in place, with the present weights."""
         plain = {noisy.forward: layer for layer, noisy in STOCHASTIC.items()}
@@ -235,7 +240,7 @@ class _StochasticWeight:
         kl = _GaussianKL.apply(self.weight, self._capped_log_sigma2())
         if self.max_log_alpha is None:
             return kl
-        at_cap = gaussian_kl(torch.tensor(float(self.max_log_alpha)))
+        at_cap = gaussian_kl(torch.tensor(self.max_log_alpha, dtype=torch.float32))
         return kl - self.weight.numel() * at_cap.item()
 
     def sample_weight(self):
@@ -265,7 +270,7 @@ class _StochasticWeight:
     def set_extra_state(self, state):
         log_normal, cap = state.tolist()
         self.noise = "lognormal" if log_normal else "gaussian"
-        self.max_log_alpha = None if cap == math.inf else cap
+        self.max_log_alpha = cap if math.isfinite(cap) else None
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A checkpoint of the plain layer has no noise: keep this layer's log alpha."""
@@ -289,7 +294,8 @@ class StochasticLinear(_StochasticWeight, nn.Linear):
     variance are matched); False: one weight per forward. log_alpha=-6: initial value;
     max_log_alpha: its cap (None: 1 if log-normal, else no cap), above which log_sigma2 may rise.
     train() draws noise, eval() uses the means. A weight that is read past its layer, as in
-    F.linear(x, layer.weight), is counted and has no noise. ValueError: unknown noise.
+    F.linear(x, layer.weight), is counted and trained without noise, which nothing then keeps small
+    in sampled_network: skip it. ValueError: unknown noise.
     """
 
     def forward(self, input):
@@ -329,10 +335,12 @@ def to_stochastic(module, *, skip=(), **options):
 
     skip: names, as in named_modules() or named_parameters(), to leave alone; ValueError for an
     unknown one. A warning names the weights, parameters of two or more dimensions, that stay plain
-    without being skipped: those of other layers, and of subclasses. options: of StochasticLinear.
-    Tied weights share their noise. Initialise weights before, as sigma is stored, not alpha; make
-    the optimiser after, or it does not train the noise.
+    without being skipped: those of other layers, and of subclasses. options: of StochasticLinear;
+    layers that are stochastic already keep theirs. Tied weights share their noise. Initialise
+    weights and load those of a plain model before, as sigma is stored, not alpha; make the
+    optimiser, and wrap in DDP, after, or the noise is not trained.
     """
+    StochasticLinear(1, 1, device="meta", **options)  # refuses options before anything changes
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     layers = dict(module.named_modules(remove_duplicate=False))
     parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -344,7 +352,8 @@ def to_stochastic(module, *, skip=(), **options):
     for layer in layers.values():
         weight = layer._parameters.get("weight")  # not that of a hook, such as weight_norm's
         skipped = layer in spared or any(weight is p for p in spared_parameters)
-        if type(layer) in STOCHASTIC and weight is not None and not skipped:
+        own_forward = "forward" in vars(layer)  # which would not draw noise
+        if type(layer) in STOCHASTIC and weight is not None and not skipped and not own_forward:
             layer.__class__ = STOCHASTIC[type(layer)]  # the same object, wherever it is held
             layer._make_stochastic(**options)
             layer.log_sigma2 = noise.setdefault(weight, layer.log_sigma2)
@@ -358,7 +367,7 @@ def _warn_of_plain_weights(layers, spared, spared_parameters):
     counted = {m.weight for m in layers.values() if isinstance(m, _StochasticWeight)}
     for prefix, layer in layers.items():
         weights = dict(layer.named_parameters(recurse=False))
-        if inspect.ismethod(getattr(layer, "weight", None)):  # a quantised layer
+        if type(layer).__module__.startswith("torch.ao.nn.quantized") and hasattr(layer, "weight"):
             weights["weight"] = layer.weight()
         for name, weight in weights.items():
             lazy = nn.parameter.is_lazy(weight)
@@ -409,6 +418,10 @@ def mean_network(model):
 @torch.no_grad()
 def _plain_copy(model, draw):
     net, drawn = copy.deepcopy(model), set()
+    for name, module in net.named_modules():
+        if "forward" in vars(module):  # compiled, or wrapped: it would run the original
+            raise TypeError(f"module {name!r} has a forward of its own, set on the object: copies "
+                            "would share it; use model.compile(), or set it after copying")
     layers = [m for m in net.modules() if isinstance(m, _StochasticWeight)]
     for layer in layers:
         if draw and layer.weight not in drawn:
@@ -436,7 +449,7 @@ def recalibrate_bn(net, x):
     seen = dict.fromkeys(layers, 0)
 
     def weigh(layer, args, kwargs):  # every part counts by its number of samples
-        (inputs,) = (*args, *kwargs.values())
+        inputs, *_ = (*args, *kwargs.values())
         if not seen[layer]:
             layer.reset_running_stats()
         seen[layer] += len(inputs)
@@ -584,8 +597,10 @@ def ib_loss(logits, target, model, beta, n, *, attributes=False, information=wei
     """Information Lagrangian per sample (eq. 3): cross-entropy + beta/n * I(w;D), nats.
 
     logits: (batch, classes). target: classes (batch,), as in F.cross_entropy; with attributes=True
-    0/1 like logits, whose nats are summed. n: number of training samples. information(model):
-    the penalty. Returns (loss, cross_entropy, information), 0-d. ValueError if beta < 0 or n < 1,
+    0/1 like logits, whose nats are summed. n: number of training samples (of pixels, where each has
+    a class). information(model): the penalty.
+
+    Returns (loss, cross_entropy, information), 0-d. ValueError if beta < 0 or n < 1,
     for other targets, or without stochastic layers.
     """
     if not (beta >= 0 and n >= 1):
@@ -713,15 +728,16 @@ def label_information(logits, labels):
     """
     _require_finite(logits=logits)
     frequencies = torch.bincount(labels).double() / len(labels)
-    return torch.special.entr(frequencies).sum() - F.cross_entropy(logits.double(), labels)
+    return torch.special.entr(frequencies).sum() - F.cross_entropy(logits.double(), labels.long())
 
 
+@torch.enable_grad()
 def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=2000, batch=256,
                               lr=3e-3, steps=3000, patience=300, shuffle=True):
     """I(z;n) in nats from a discriminator that tells pairs from shuffled pairs (Sec. 6): dict.
 
     Returns floats: plug_in, and the lower bounds info_nce (at most log held_out) and
-    donsker_varadhan. discriminator(z, n) -> scores (len(z), len(n)) of all pairs of rows; it is
+    donsker_varadhan (of few pairs too high). discriminator(z, n) -> scores (len(z), len(n)) of all pairs of rows; it is
     trained, and gets columns of floats standardised. `validation` pairs stop the training once
     InfoNCE has not risen for `patience` steps, held_out pairs are measured. Pairs are split at
     random, or without shuffle in this order: training, validation, held out.
@@ -803,7 +819,7 @@ def total_correlation(z):
     of others. About d^2/(4n) too high; ValueError unless z is finite and n > d + 1.
     """
     precision = torch.finfo(z.dtype if z.is_floating_point() else torch.double).eps
-    z = z.detach().flatten(1).double()
+    z = z.detach().reshape(len(z), -1).double()
     _require_finite(z=z)
     z = z[:, (z != z[:1]).any(0)]
     if len(z) <= z.shape[1] + 1:
@@ -811,10 +827,10 @@ def total_correlation(z):
     largest, z = z.abs().amax(0), z - z.mean(0)
     scale = z.abs().amax(0)
     correlation = torch.corrcoef((z / scale).T).view(z.shape[1], z.shape[1])
-    eigenvalues = torch.linalg.eigvalsh(correlation)
+    eigenvalues, directions = torch.linalg.eigh(correlation)
     # what the rounding of z, which may be far from 0, and of this matrix leaves of a 0
-    errors = [10 * torch.finfo(torch.double).eps, *(precision * largest / scale).square().tolist()]
-    rounding = len(eigenvalues) * max(errors)
+    errors = (precision * largest / scale).square() @ directions.square()
+    rounding = errors + 10 * len(eigenvalues) * torch.finfo(torch.double).eps
     return -0.5 * torch.log(torch.where(eigenvalues > rounding, eigenvalues, 0)).sum()
 
 
@@ -1537,7 +1553,8 @@ def _function(thing):
 def _bare(text):
     """A text of Python without comments, docstrings and white space, its blocks in braces."""
     kept, before = "", None
-    marks = {tokenize.INDENT: "{", tokenize.DEDENT: "}", tokenize.NEWLINE: ";", tokenize.COMMENT: ""}
+    marks = {tokenize.COMMENT: "", tokenize.NEWLINE: ";",
+             tokenize.INDENT: "{", tokenize.DEDENT: "}"}
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         docstring = token.type == tokenize.STRING and before == tokenize.INDENT
         if docstring:

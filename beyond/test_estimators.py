@@ -355,3 +355,23 @@ def test_label_information_of_a_noisy_channel():
 def test_logits_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="finite"):
         label_information(torch.full((4, 2), math.nan), torch.tensor([0, 1, 0, 1]))
+
+
+@torch.no_grad()
+def test_a_discriminator_is_trained_without_gradients_outside():
+    z, n = gaussian_pairs(1.0, 1, 3000)
+    assert density_ratio_information(PairCritic(1), z, n, steps=300, **PARTS)["info_nce"] > 0.5
+
+
+def test_a_column_far_from_0_does_not_hide_the_correlation_of_others():
+    z = torch.randn(5000, 1, dtype=torch.double) + 0.005 * torch.randn(5000, 9, dtype=torch.double)
+    far = 20_000 + 0.1 * torch.randn(5000, 1, dtype=torch.double)
+    both = torch.cat([z, far], 1).float()
+    assert total_correlation(both).item() == pytest.approx(total_correlation(z).item(), abs=0.01)
+
+
+def test_columns_of_one_dimension_and_small_integers_are_taken():
+    assert total_correlation(torch.randn(50)).item() == 0
+    labels = torch.arange(4)
+    nats = label_information(torch.eye(4) * 50, labels.int())
+    assert nats == label_information(torch.eye(4) * 50, labels)

@@ -338,6 +338,50 @@ def test_noise_is_drawn_in_the_encoder_of_torch_in_eval():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_parameters_that_are_reset_have_noise_of_the_start():
+    layer = StochasticLinear(20, 30)
+    layer.log_sigma2.data.fill_(2.0)
+    layer.reset_parameters()
+    torch.testing.assert_close(layer.log_alpha, torch.full((30, 20), -6.0))
+
+
+def test_a_bad_option_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="normal"):
+        to_stochastic(model, noise="normal")
+    assert to_stochastic(model)[0].local
+
+
+def test_a_conversion_draws_no_random_numbers():
+    torch.manual_seed(0)
+    to_stochastic(nn.Linear(2, 2))
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    nn.Linear(2, 2)
+    assert torch.equal(after, torch.rand(1))
+
+
+def test_a_forward_set_on_a_layer_before_conversion_keeps_it_plain():
+    layer = nn.Linear(2, 2)
+    layer.forward = layer.forward
+    with pytest.warns(UserWarning, match="100.0% .*: 0.weight$"):
+        to_stochastic(nn.Sequential(layer))
+
+
+@pytest.mark.parametrize("make", [sampled_network, mean_network])
+def test_copies_that_would_share_a_forward_are_refused(make):
+    model = noisy_net()
+    model.forward = torch.compile(model.forward, backend="eager")
+    with pytest.raises(TypeError, match="forward of its own"):
+        make(model)
+
+
+def test_checkpoints_whose_caps_were_interpolated_have_none():
+    layer = StochasticLinear(2, 2)
+    layer.set_extra_state(layer.get_extra_state() - layer.get_extra_state())
+    assert layer.max_log_alpha is None
+
+
 def test_frozen_weights_have_frozen_noise():
     layer = nn.Linear(4, 3)
     layer.weight.requires_grad_(False)

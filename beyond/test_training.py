@@ -295,7 +295,7 @@ def test_fig5_test_faces_are_not_trained_on(monkeypatch, tmp_path):
     rows = dict(zip(names(images.flip(3)), range(len(images))))
     rows |= dict(zip(names(images), range(len(images))))
     assert not parts["train"] & parts["test"]
-    assert not parts["evaluation"] & parts["classifier"]
+    assert not parts["unseen"] & parts["classifier"]
     assert not parts["ridge"] & parts["classifier"]
     trained, measured = {}, set()
 
