@@ -895,7 +895,7 @@ def _load_arrays(name, data_dir):
 @contextlib.contextmanager
 def _one_process(path):
     """Of processes that start together one makes the file, the others wait for it."""
-    lock = path.with_suffix(".lock")
+    lock, made = path.with_suffix(".lock"), not path.parent.exists()
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a folder that cannot be written to
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -907,7 +907,8 @@ def _one_process(path):
         finally:
             with contextlib.suppress(OSError):
                 lock.unlink()
-                path.parent.rmdir()  # if it is empty
+                if made:
+                    path.parent.rmdir()  # if it is empty
 
 
 def _make_arrays(name, path):
@@ -1227,6 +1228,9 @@ def parse_args(doc, datasets, seeds):
             raise ValueError
         return part, parts
 
+    def folder(text):
+        return Path(text).expanduser()  # which shells do not in --out=~/x
+
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=layout, allow_abbrev=False)
     # argparse would print the usage too
@@ -1235,8 +1239,8 @@ def parse_args(doc, datasets, seeds):
     add("--gpu", type=number, help="index of the GPU")
     add("--scale", choices=list(datasets), help="default: paper on a GPU, else cpu")
     add("--dataset", help=f"one of {datasets}")
-    add("--data-dir", type=Path, default="data", help="folder of the data sets (data)")
-    add("--out", type=Path, default="results", help="folder of rows and plots (results)")
+    add("--data-dir", type=folder, default="data", help="folder of the data sets (data)")
+    add("--out", type=folder, default="results", help="folder of rows and plots (results)")
     add("--seeds", type=number, nargs="+", help="run each cell once per seed")
     add("--jobs", type=number, help="cells trained at once (1 on a GPU, else one per core)")
     add("--shard", type=shard, default="1/1", help="I/N: every N-th cell, from the I-th")
@@ -1278,7 +1282,7 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
 
     train_cell(cell, device, args, progress) returns what it measured (dict), and calls
     progress(step, steps, loss), which ends a cell whose loss is not finite. settings: how cells are
-    trained; rows of others do not count. prepare(args) loads the data, before training. A row has
+    trained; rows of others, and of other cells, do not count. prepare(args) loads the data, before training. A row has
     figure, scale, dataset, status ("ok" or "diverged"), device, torch, git, code, settings,
     seconds, keys (of the cell), the cell and what was measured. A cell that raises is reported and
     gets no row; when the others are trained, exit status 1.
@@ -1286,7 +1290,8 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise SystemExit  # a worker imports a script without a __main__ guard: its parent says so
     try:
-        cells = [_through_json(cell | {"seed": seed}) for seed in args.seeds for cell in cells
+        grid = [_through_json(cell) for cell in cells]
+        cells = [cell | {"seed": seed} for seed in args.seeds for cell in grid
                  if cell.get("seed", seed) == seed]
         settings = _through_json(settings or {})
     except Exception as error:
@@ -1306,18 +1311,22 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
     def key(row):
         return _hashable([row.get(name) for name in names])
 
+    in_grid = {key(cell | {"seed": None}) for cell in grid}
     part, parts = args.shard
     cells = list({key(cell): cell for cell in cells}.values())[part - 1::parts]  # none twice
 
+    def counts(row):
+        return row["settings"] == settings and key(row | {"seed": None}) in in_grid
+
     def counted(rows):  # of rows that stand twice, one
-        return {key(row): row for row in rows if row["settings"] == settings}
+        return {key(row): row for row in rows if counts(row)}
 
     rows = counted(found)
     todo = [cell for cell in cells if key(cell) not in rows]
     print(f"{args.figure}: device {head['device']}, scale {args.scale}, data {args.dataset}, "
           f"{len(cells)} cells, {len(cells) - len(todo)} done, commit {head['git']}")
-    if others := sum(row["settings"] != settings for row in found):
-        print(f"{others} rows in {args.out} have other settings: left aside")
+    if others := sum(not counts(row) for row in found):
+        print(f"{others} rows in {args.out} have other settings or cells: left aside")
     changed = [row for row in rows.values() if row.get("code") != head["code"]]
     if changed:
         commits = ", ".join(sorted({str(row.get("git")) for row in changed}))
@@ -1481,6 +1490,8 @@ def _run_cell(train_cell, cell, args):
         result = _through_json({**train_cell(cell, args.device, args, progress)})
     except FloatingPointError:
         result = {"status": "diverged"}
+    except DataError as error:
+        result = str(error)
     except (Exception, SystemExit):
         result = traceback.format_exc()
     return cell, result, time.monotonic() - started
@@ -1590,10 +1601,21 @@ def ok_rows(rows, **where):
 def complete_seeds(rows, cells):
     """The rows of these cells (dicts), of the seeds for which none is missing or diverged."""
     complete = []
-    for own in group_by(rows, "seed").values():
-        found = [ok_rows(own, **cell) for cell in cells]
+    for (seed,), own in group_by(rows, "seed").items():
+        found = [ok_rows(own, **cell) for cell in cells if cell.get("seed", seed) == seed]
         if all(found):
             complete += sum(found, [])
+    return complete
+
+
+def complete_curves(rows, cells, *keys):
+    """The rows of each curve, with the same values of keys, and seed that has all of its cells.
+
+    Of half a curve a maximum or a crossing, and so a claim, can be anywhere.
+    """
+    complete = []
+    for values, own in group_by(cells, *keys).items():
+        complete += complete_seeds(ok_rows(rows, **dict(zip(keys, values))), own)
     return complete
 
 
@@ -1669,7 +1691,8 @@ def save_panels(panels, title, args, columns=3):
     from matplotlib import rcParams
     from matplotlib.figure import Figure  # of no backend, whatever MPLBACKEND says
     rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
-                     "axes.titlesize": 10, "legend.fontsize": 7, "axes.formatter.min_exponent": 4})
+                     "axes.titlesize": 10, "legend.fontsize": 7, "axes.formatter.min_exponent": 4,
+                     "text.usetex": False})
     columns = 2 if len(panels) == 4 else min(columns, len(panels))  # none stands alone
     rows = math.ceil(len(panels) / columns)
     fig = Figure((4.3 * columns, 4.0 * rows + 0.4), layout="constrained")
@@ -1734,8 +1757,9 @@ def save_tables(args, **tables):
                    f"([all, and every cell]({stem}.md)).\n")
         block = re.compile(f"(<!-- {re.escape(stem)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
         new = f"\n{summary}\n{_markdown(claims[:6])}\n"
-        old = page.read_text(encoding="utf-8")
-        page.write_text(block.sub(lambda match: match[1] + new, old), encoding="utf-8")
+        old = page.read_bytes().decode(errors="surrogateescape")
+        page.write_bytes(block.sub(lambda match: match[1] + new, old).encode(
+            errors="surrogateescape"))
 
 
 def _markdown(table):

@@ -25,10 +25,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (beta_at, cell_table, check, corrupt_labels, crossing, draw_subset, evaluate,
-                    group_by, load_images, lr_factor, minibatches, normalise, ok_rows, param_groups,
-                    parse_args, per_seed, plot_points, run_grid, save_panels, save_tables,
-                    summarise, to_stochastic, weight_information, with_information)
+from common import (beta_at, cell_table, check, complete_curves, corrupt_labels, crossing,
+                    draw_subset, evaluate, group_by, load_images, lr_factor, minibatches, normalise,
+                    ok_rows, param_groups, parse_args, per_seed, plot_points, run_grid,
+                    save_panels, save_tables, summarise, to_stochastic, weight_information,
+                    with_information)
 
 # How a cell, one training run, is trained; stored in its row. It takes steps * max(1,
 # N/300)^growth[labels]: a net needs more epochs to memorise many random labels than to learn real
@@ -332,7 +333,10 @@ def plot(random, real, args):
 
 
 def claims(random, real):
-    """The paper's claims, the six main ones first; thresholds were set before the grid was run."""
+    """The paper's claims, the six main ones first; thresholds were set before the grid was run.
+
+    random, real: rows of complete curves over beta.
+    """
     random_01, random_12 = ok_rows(random, beta=0.1), ok_rows(random, beta=1.2)
     from_1000 = [row for row in real if row["n"] >= 1000]
     from_3000 = [row for row in real if row["n"] >= 3000]
@@ -397,15 +401,18 @@ COLUMNS = {"train": "train_acc", "cross-entropy": "cross_entropy", "I/N": "nats"
 
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
-    rows = ok_rows(run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale],
-                            load_data))
+    cells = make_cells(args.scale)
+    rows = ok_rows(run_grid(cells, train_cell, args, SETTINGS[args.scale], load_data))
     for row in rows:
         row["nats"] = row["information"] / row["n"]
     random = ok_rows(rows, labels="random", longer=None)
     real = ok_rows(rows, labels="real", longer=None)
     longer = ok_rows(rows, longer=True)
     plot(random, real, args)
-    save_tables(args, claims=claims(random, real),
+    of_curves = [cell for cell in cells if "longer" not in cell]
+    complete = complete_curves(random + real, of_curves, "labels", "n")
+    save_tables(args, claims=claims(ok_rows(complete, labels="random"),
+                                    ok_rows(complete, labels="real")),
                 twice_the_steps=cell_table(longer, KEYS, COLUMNS),
                 cells=cell_table(random + real, KEYS, COLUMNS))
 

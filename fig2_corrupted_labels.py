@@ -22,10 +22,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (beta_at, cell_table, check, corrupt_labels, crossing, draw_subset, evaluate,
-                    group_by, load_images, lr_factor, minibatches, normalise, ok_rows, param_groups,
-                    parse_args, per_seed, plot_points, run_grid, save_panels, save_tables,
-                    summarise, to_stochastic, weight_information, with_information)
+from common import (beta_at, cell_table, check, complete_curves, corrupt_labels, crossing,
+                    draw_subset, evaluate, group_by, load_images, lr_factor, minibatches, normalise,
+                    ok_rows, param_groups, parse_args, per_seed, plot_points, run_grid,
+                    save_panels, save_tables, summarise, to_stochastic, weight_information,
+                    with_information)
 
 # How a cell is trained, stored in its row; named as in Fig. 1. It takes steps * max(1,
 # N/300)^growth; steps_factor of a cell: times as many. Each net has a peak of beta of its own: the
@@ -361,7 +362,7 @@ def edge_of_errors(errors):
 
 
 def claims(models, rising, grid):
-    """The paper's claims; their thresholds were set before the grid was trained."""
+    """The paper's claims, of complete curves; thresholds were set before the grid was trained."""
     main = ok_rows(rising, n=grid["n"])
     noisy = [row for row in main if row["corruption"] > 0]
     random = ok_rows(rising, corruption=1.0)
@@ -405,12 +406,17 @@ MEASURES = {"train error, %": "error", "cross-entropy": "cross_entropy", "I/N": 
 
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
-    rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data)
+    cells = make_cells(args.scale)
+    rows = run_grid(cells, train_cell, args, SETTINGS[args.scale], load_data)
     rows = add_derived(rows)
     models, corrupted = ok_rows(rows, panel="models"), ok_rows(rows, panel="corruption")
     rising = [row for row in corrupted if "rise" in row]
     plot(models, rising, args)
-    save_tables(args, claims=claims(models, rising, GRID[args.scale]),
+    whole_models = complete_curves(
+        models, [cell for cell in cells if cell["panel"] == "models"], "model")
+    whole_rising = complete_curves(
+        rising, [cell for cell in cells if cell["panel"] == "corruption"], "n")
+    save_tables(args, claims=claims(whole_models, whole_rising, GRID[args.scale]),
                 models=cell_table(models, {"net": "model", "β": "beta"}, MEASURES),
                 corruption=cell_table(corrupted, CORRUPTION_KEYS, MEASURES | {"rise": "rise"}))
 

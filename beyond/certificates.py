@@ -2,7 +2,7 @@
 
     python -m beyond.certificates --scale demo     # synthetic digits, 15 seconds on 2 cores
     python -m beyond.certificates --scale cpu      # CIFAR-10, 1/4 width, 4 minutes on 2 cores
-    python -m beyond.certificates --scale cpu --dataset mnist     # the same time
+    python -m beyond.certificates --scale cpu --dataset mnist --out mine     # the same time
 
 Eq. 7 bounds the test loss by the training loss and KL(q(w|D) || p(w)), for a prior p that has not
 seen the samples. The information of Fig. 1 comes from an improper prior and bounds nothing. Here

@@ -229,10 +229,10 @@ def edge_table(rows, grid):
 def branch_panel(ax, rows, n, key, label):
     """A measure against beta, a curve for each branch and number of steps."""
     all_steps = sorted({row["steps"] for row in rows})
-    for steps, colour in zip(all_steps, ("C0", "C3", "C2")):
+    for number, steps in enumerate(all_steps):
         for start, marker in zip(STARTS, (">-", "<:")):
             points = by_beta(ok_rows(rows, steps=steps, start=start))
-            plot_points(ax, summarise(points, "beta", key), marker, color=colour,
+            plot_points(ax, summarise(points, "beta", key), marker, color=f"C{number}",
                         label=f"{start}, {steps:,} steps per β")
     ax.axvline(1, color="k", ls="--", lw=1)
     ax.set(xscale="log", xlabel="β", ylabel=label, title=f"random labels, N = {n:,}")

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (StochasticLinear, check, corrupt_labels, draw_subset, evaluate, fmt, group_by,
-                    load_images, lr_factor, normalise, ok_rows, param_groups, parse_args, per_seed,
-                    plot_points, run_grid, save_panels, save_tables, summarise)
+from common import (StochasticLinear, check, complete_seeds, corrupt_labels, draw_subset, evaluate,
+                    fmt, group_by, load_images, lr_factor, normalise, ok_rows, param_groups,
+                    parse_args, per_seed, plot_points, run_grid, save_panels, save_tables,
+                    summarise)
 
 # draws: of labels. signs, inputs: dimensions. networks: sampled ones. The rest of the first line is
 # of annealed importance sampling.
@@ -411,13 +412,18 @@ def cost(cell):
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
     args.device = torch.device("cpu")  # small matrices in double precision
-    rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data)
+    cells = make_cells(args.scale)
+    rows = run_grid(cells, train_cell, args, SETTINGS[args.scale], load_data)
     rows = sorted(ok_rows(rows), key=itemgetter("beta"))
     for row in rows:
         row["nats"] = row["information"] / row["n"]
     proper, log_uniform = (ok_rows(rows, prior=prior) for prior in ("proper", "log-uniform"))
     plot(proper, log_uniform, args)
-    save_tables(args, claims=claims(proper, log_uniform),
+    whole = []
+    for prior in ("proper", "log-uniform"):
+        own = complete_seeds(rows, [cell for cell in cells if cell["prior"] == prior])
+        whole.append(sorted(own, key=itemgetter("beta")))
+    save_tables(args, claims=claims(*whole),
                 proper_prior=cell_table(proper, "kernel", "n", "beta"),
                 log_uniform=cell_table(log_uniform, "features", "beta"))
 

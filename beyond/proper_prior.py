@@ -33,8 +33,9 @@ import torch
 import torch.nn as nn
 
 import fig1_phase_transition as fig1
-from common import (cell_table, check, group_by, ok_rows, parse_args, per_seed, plot_points,
-                    run_grid, save_panels, save_tables, summarise, weight_information)
+from common import (cell_table, check, complete_curves, group_by, ok_rows, parse_args, per_seed,
+                    plot_points, run_grid, save_panels, save_tables, summarise,
+                    weight_information)
 
 SETTINGS = {scale: s | {"peak_proper": 0.0} for scale, s in fig1.SETTINGS.items()}
 BETAS = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -271,10 +272,12 @@ COLUMNS = {"train": "train_acc", "cross-entropy": "cross_entropy", "objective": 
 
 def main():
     args = parse_args(__doc__, fig1.DATASETS, SEEDS)
-    rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], fig1.load_data)
+    cells = make_cells(args.scale)
+    rows = run_grid(cells, train_cell, args, SETTINGS[args.scale], fig1.load_data)
     rows = add_derived(ok_rows(rows))
     plot(rows, args)
-    save_tables(args, claims=claims(rows), cells=cell_table(rows, KEYS, COLUMNS))
+    whole = complete_curves(rows, cells, "prior", "n")
+    save_tables(args, claims=claims(whole), cells=cell_table(rows, KEYS, COLUMNS))
 
 
 if __name__ == "__main__":

@@ -169,7 +169,8 @@ def test_what_is_measured_may_repeat_a_key_of_the_cell(grid):
 def test_rows_of_cells_with_one_more_key_are_rows_of_their_own(grid):
     grid.run({"beta": 1, "steps_factor": 2})
     assert "1 cells, 0 done" in grid.run(*betas(1)).out
-    assert "rows 2" in grid.run(*betas(1)).out
+    after = grid.run(*betas(1)).out
+    assert "1 rows in" in after and "rows 1" in after  # the other cell is none of this grid
 
 
 @on_unix
@@ -183,6 +184,26 @@ def test_a_rows_file_that_is_replaced_in_mid_run_is_an_error(grid):
     result = grid.run(*betas(1, 2), train=train)
     assert result.status == 2
     assert "replaced" in result.err
+
+
+def test_a_page_of_other_letters_and_line_ends_stays_as_it_is(grid):
+    grid.out.mkdir()
+    page = grid.out / "README.md"
+    page.write_bytes(b"caf\xe9\r\n")
+    assert grid.run(*betas(1)).status == 0
+    assert page.read_bytes() == b"caf\xe9\r\n"
+
+
+def test_curves_are_complete_by_keys_and_seed():
+    cells = [{"n": n, "beta": beta} for n in (1, 2) for beta in (1, 2)]
+    cells += [{"n": 3, "beta": 1, "seed": 0}, {"n": 3, "beta": 1, "seed": 1}]
+    rows = [cell | {"status": "ok", "seed": seed} for seed in (0, 1) for cell in cells
+            if cell.get("seed", seed) == seed]
+    assert common.complete_curves(rows, cells, "n") == sorted(
+        rows, key=lambda row: (row["n"], row["seed"], row["beta"]))
+    fewer = [row for row in rows if (row["n"], row["seed"], row["beta"]) != (2, 1, 2)]
+    whole = common.complete_curves(fewer, cells, "n")
+    assert {(row["n"], row["seed"]) for row in whole} == {(1, 0), (1, 1), (2, 0), (3, 0), (3, 1)}
 
 
 def test_names_of_scripts_and_folders_are_no_patterns(grid):
@@ -458,6 +479,34 @@ def test_missing_data_leave_no_rows_file(grid):
     result = grid.run(*betas(1), prepare=missing)
     assert (result.status, result.err) == (2, "error: no data\n")
     assert not grid.path.exists()
+
+
+def test_folders_of_the_user_are_found(grid, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--out=~/here", "--data-dir=~/there"])
+    args = common.parse_args("", {"cpu": ["toy"]}, {"cpu": [0]})
+    assert (args.out, args.data_dir) == (tmp_path / "here", tmp_path / "there")
+
+
+def test_data_that_are_too_few_for_a_cell_are_one_line_each(grid):
+    def few(cell, *_):
+        if cell["beta"] == 2:
+            raise common.DataError("9 images are needed")
+        return {"value": 1.0}
+
+    result = grid.run(*betas(1, 2), train=few)
+    assert result.status == 1
+    assert "failed: 9 images are needed\n" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_an_empty_folder_of_the_user_stays(tmp_path):
+    with common._one_process(tmp_path / "mnist.npz"):
+        pass
+    assert tmp_path.exists()
+    with common._one_process(tmp_path / "new" / "mnist.npz"):
+        pass
+    assert not (tmp_path / "new").exists()
 
 
 # === Processes, signals
