@@ -233,10 +233,11 @@ def branch_panel(ax, rows, n, key, label):
         for start, marker in zip(STARTS, (">-", "<:")):
             points = by_beta(ok_rows(rows, steps=steps, start=start))
             plot_points(ax, summarise(points, "beta", key), marker, color=f"C{number}",
-                        label=f"{start}, {steps:,} steps per β")
+                        label=f"{start}, {steps:,}")
     ax.axvline(1, color="k", ls="--", lw=1)
     ax.set(xscale="log", xlabel="β", ylabel=label, title=f"random labels, N = {n:,}")
-    ax.legend()
+    if key == "train_acc":  # the other panels have the same curves
+        ax.legend(title="start, steps per β", loc="center", bbox_to_anchor=(0.54, 0.5))
 
 
 def edge_panel(ax, found, n):
