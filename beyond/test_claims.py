@@ -103,6 +103,8 @@ QUANTITIES = {
         lambda: fig4.log_slope([row | {"i_zn_nce": 0.0} for row in CLUTTER], "bound", "i_zn_nce"),
         math.nan),
     "fig5: under_noise": (lambda: fig5.under_noise(BASE, 3.0, "pixels"), 5.5),
+    "fig5: named": (lambda: fig5.named(dict(drawn_attributes=0.8, drawn_chance=0.6)), 0.5),
+    "fig5: share of hardly anything": (lambda: fig5.ratio(0.05, 0.1), math.nan),
     "fig5: under_noise beyond all noise": (lambda: fig5.under_noise(BASE, 1.0, "pixels"), math.nan),
 }
 
@@ -181,6 +183,28 @@ def test_fig4_the_control_claim_asks_what_noise_leaves_more():
     leaves_more = fig4.control_claim(CLUTTER, UNDER_NOISE, "i_zn_nce")
     leaves_less = fig4.control_claim(UNDER_NOISE, CLUTTER[1:], "i_zn_nce")
     assert (leaves_more["holds"], leaves_less["holds"]) == ("yes", "NO")
+
+
+def test_fig5_draws_that_know_nothing_agree_by_chance():
+    y, logits = (torch.rand(50_000, 3) < 0.2).int(), torch.rand(50_000, 3) - 0.7
+    chance = fig5.chance_agreement(logits, y)
+    assert chance == pytest.approx(0.2 * 0.3 + 0.8 * 0.7, abs=0.01)
+    assert fig5.agreement(logits, y) == pytest.approx(chance, abs=0.01)
+
+
+def test_fig5_attributes_with_a_rare_value_are_left_out():
+    attributes = torch.zeros(20, 4)
+    attributes[:1, 0], attributes[:2, 1], attributes[:19, 2] = 1, 1, 1
+    assert torch.equal(fig5.without_rare(attributes, torch.arange(20), 0.1), attributes[:, 1:2])
+
+
+def test_fig5_claims_on_factors_are_not_made_without_factors():
+    kept = {f"kept_{part}_colour": 0.5 for part in ("outside", "hair", "skin")}
+    rows = [dict(status="ok", seed=0, beta=beta, share_named=1.0, **kept) for beta in (0.0, 20.0)]
+    for factors in (False, True):
+        found = [row["claim"] for row in fig5.claims(rows, "cpu") if row]
+        assert any("not named" in claim for claim in found) == factors
+        rows = [row | {"share_not_named": 0.5} for row in rows]
 
 
 def test_fig5_share_kept_of_the_same_and_of_another_mean():
