@@ -1282,10 +1282,10 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
 
     train_cell(cell, device, args, progress) returns what it measured (dict), and calls
     progress(step, steps, loss), which ends a cell whose loss is not finite. settings: how cells are
-    trained; rows of others, and of other cells, do not count. prepare(args) loads the data, before training. A row has
-    figure, scale, dataset, status ("ok" or "diverged"), device, torch, git, code, settings,
-    seconds, keys (of the cell), the cell and what was measured. A cell that raises is reported and
-    gets no row; when the others are trained, exit status 1.
+    trained; rows of others, and of other cells, do not count. prepare(args) loads the data, before
+    training. A row has figure, scale, dataset, status ("ok" or "diverged"), device, torch, git,
+    code, settings, seconds, keys (of the cell), the cell and what was measured. A cell that raises
+    is reported and gets no row; when the others are trained, exit status 1.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise SystemExit  # a worker imports a script without a __main__ guard: its parent says so
