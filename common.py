@@ -737,10 +737,10 @@ def density_ratio_information(discriminator, z, n, *, validation=1000, held_out=
     """I(z;n) in nats from a discriminator that tells pairs from shuffled pairs (Sec. 6): dict.
 
     Returns floats: plug_in, and the lower bounds info_nce (at most log held_out) and
-    donsker_varadhan (of few pairs too high). discriminator(z, n) -> scores (len(z), len(n)) of all pairs of rows; it is
-    trained, and gets columns of floats standardised. `validation` pairs stop the training once
-    InfoNCE has not risen for `patience` steps, held_out pairs are measured. Pairs are split at
-    random, or without shuffle in this order: training, validation, held out.
+    donsker_varadhan (of few pairs too high). discriminator(z, n) -> scores (len(z), len(n)) of all
+    pairs of rows; it is trained, and gets columns of floats standardised. `validation` pairs stop
+    the training once InfoNCE has not risen for `patience` steps, held_out pairs are measured. Pairs
+    are split at random, or without shuffle in this order: training, validation, held out.
     ValueError: too few pairs, not finite, impossible options, scores of another shape;
     FloatingPointError: scores not finite.
     """

@@ -620,7 +620,7 @@ def plot_faces(rows, args):
 
 
 def claims(rows, scale):
-    """The paper's claims; their thresholds were set before the grid was trained, LARGE after."""
+    """The paper's claims. Thresholds were set before the grid was trained, LARGE after."""
     large, factors = LARGE[scale], any("share_not_named" in row for row in rows)
     at_zero, at_large = ok_rows(rows, beta=0.0), ok_rows(rows, beta=large)
     over_background = {part: difference(at_large, f"kept_{part}_colour", "kept_outside_colour")
