@@ -632,8 +632,8 @@ def claims(rows, scale):
               "skin's (differences)", "in pictures", over_background, (0.1, np.inf))]
     if factors:
         table.append(check(
-            f"β = {large:g}: of the excess over chance at β = 0 attributes keep a share 10 points "
-            "larger than what is not named (difference)", "in pictures",
+            f"β = {large:g}: of the excess over chance at β = 0 attributes keep a share 10 "
+            "points larger than what is not named (difference)", "in pictures",
             {"": difference(at_large, "share_named", "share_not_named")}, (0.1, np.inf)))
     if scale == "demo":  # whose networks are trained too briefly for the next
         return table
