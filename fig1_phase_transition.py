@@ -250,7 +250,8 @@ def draw_line(ax, beta_by_n, name, colour, named_at=-1, **style):
         ax.plot(x, y, color=colour, **style)
         at_right = x[named_at] >= ax.get_xlim()[1]
         ax.annotate(name, (x[named_at], y[named_at]), xytext=(-3 if at_right else 3, 5),
-                    textcoords="offset points", ha="right" if at_right else "left", color=colour)
+                    textcoords="offset points", ha="right" if at_right else "left", color=colour,
+                    bbox=dict(fc="w", ec="none", alpha=0.6, pad=0.5))
 
 
 def random_map(ax, rows):
