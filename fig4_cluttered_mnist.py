@@ -456,7 +456,7 @@ def bound_panel(ax, main):
 
 def label_panel(ax, main, control):
     ax.axhline(PAPER_LABEL, color="0.6", lw=2)
-    ax.annotate("paper", (main[0]["beta"], PAPER_LABEL), color="0.45", va="bottom")
+    ax.annotate("paper", (main[0]["beta"], PAPER_LABEL - 0.02), color="0.45", va="top")
     plot_points(ax, summarise(main, "beta", "i_zy"), "C2o-", label="penalty")
     plot_points(ax, summarise(control, "beta", "i_zy"), "C2D--", mfc="w", label="noise")
     ax.set(xscale="log", xlabel="β", ylabel="I(z;y), nats", title="label in z",
@@ -468,7 +468,8 @@ def plot(main, control, args):
     panels = []
     if args.dataset == "synthetic" or Path(args.data_dir, "mnist.npz").exists():
         with contextlib.suppress(OSError):  # a damaged file
-            panels.append(partial(digits_panel, digits=load_data(args)[2][:8]))
+            digits = load_data(args)[2]  # which may be sorted by class
+            panels.append(partial(digits_panel, digits=digits[::len(digits) // 8][:8]))
     if main:
         panels.append(partial(clutter_panel, main=main, control=control))
         panels.append(partial(bound_panel, main=main))
