@@ -437,8 +437,7 @@ def recalibrate_bn(net, x):
     """Estimate the statistics of the batch-norm layers of a net from images x, in place; return it.
 
     A layer in eval() within a net in train() is frozen and left, as is one that the net does not
-    call. Dropout is off meanwhile.
-    ValueError without images.
+    call. Dropout is off meanwhile. ValueError without images.
     """
     if not len(x):
         raise ValueError("no images to estimate the statistics of batch norm from")
@@ -600,8 +599,8 @@ def ib_loss(logits, target, model, beta, n, *, attributes=False, information=wei
     0/1 like logits, whose nats are summed. n: number of training samples (of pixels, where each has
     a class). information(model): the penalty.
 
-    Returns (loss, cross_entropy, information), 0-d. ValueError if beta < 0 or n < 1,
-    for other targets, or without stochastic layers.
+    Returns (loss, cross_entropy, information), 0-d. ValueError if beta < 0 or n < 1, for other
+    targets, or without stochastic layers.
     """
     if not (beta >= 0 and n >= 1):
         raise ValueError(f"beta={beta} must be >= 0 and n={n}, the number of samples, >= 1")
@@ -1567,11 +1566,9 @@ def _bare(text):
     marks = {tokenize.COMMENT: "", tokenize.NEWLINE: ";",
              tokenize.INDENT: "{", tokenize.DEDENT: "}"}
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        docstring = token.type == tokenize.STRING and before == tokenize.INDENT
-        if docstring:
-            continue  # with the end of its line
-        if not (token.type == tokenize.NEWLINE and before == tokenize.INDENT):
-            kept += marks.get(token.type, token.string)
+        if before == tokenize.INDENT and token.type in (tokenize.STRING, tokenize.NEWLINE):
+            continue  # a docstring
+        kept += marks.get(token.type, token.string)
         before = token.type
     return "".join(kept.split())
 
@@ -1757,9 +1754,11 @@ def save_tables(args, **tables):
                    f"([all, and every cell]({stem}.md)).\n")
         block = re.compile(f"(<!-- {re.escape(stem)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
         new = f"\n{summary}\n{_markdown(claims[:6])}\n"
-        old = page.read_bytes().decode(errors="surrogateescape")
-        page.write_bytes(block.sub(lambda match: match[1] + new, old).encode(
-            errors="surrogateescape"))
+        text = {"encoding": "utf-8", "errors": "surrogateescape"}  # of any page
+        old = page.read_text(**text)
+        changed = block.sub(lambda match: match[1] + new, old)
+        if changed != old:
+            page.write_text(changed, **text)
 
 
 def _markdown(table):

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (StochasticLinear, check, complete_seeds, corrupt_labels, draw_subset, evaluate,
+from common import (StochasticLinear, check, complete_curves, corrupt_labels, draw_subset, evaluate,
                     fmt, group_by, load_images, lr_factor, normalise, ok_rows, param_groups,
                     parse_args, per_seed, plot_points, run_grid, save_panels, save_tables,
                     summarise)
@@ -419,11 +419,9 @@ def main():
         row["nats"] = row["information"] / row["n"]
     proper, log_uniform = (ok_rows(rows, prior=prior) for prior in ("proper", "log-uniform"))
     plot(proper, log_uniform, args)
-    whole = []
-    for prior in ("proper", "log-uniform"):
-        own = complete_seeds(rows, [cell for cell in cells if cell["prior"] == prior])
-        whole.append(sorted(own, key=itemgetter("beta")))
-    save_tables(args, claims=claims(*whole),
+    whole = sorted(complete_curves(rows, cells, "prior"), key=itemgetter("beta"))
+    save_tables(args, claims=claims(ok_rows(whole, prior="proper"),
+                                    ok_rows(whole, prior="log-uniform")),
                 proper_prior=cell_table(proper, "kernel", "n", "beta"),
                 log_uniform=cell_table(log_uniform, "features", "beta"))
 
