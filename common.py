@@ -1734,8 +1734,8 @@ def check(sentence, paper, values, threshold, form="{:.2f}"):
 def save_tables(args, **tables):
     """Print tables, {title: list of dicts}, and write them to <out>/<figure>-<scale>.md.
 
-    <out>/README.md gets, between <!-- FIGURE-SCALE --> and <!-- end -->, the first six claims. A
-    row that is None, a claim without values, is only counted there.
+    <out>/README.md gets, between <!-- FIGURE-SCALE --> and <!-- end -->, six of the claims,
+    those that fail first. A row that is None, a claim without values, is only counted there.
     """
     stem = f"{args.figure}-{args.scale}"
     unmeasured = tables.get("claims", []).count(None)
@@ -1753,7 +1753,8 @@ def save_tables(args, **tables):
                    f"{verdicts.count('undecided')} undecided, {unmeasured} not measured yet "
                    f"([all, and every cell]({stem}.md)).\n")
         block = re.compile(f"(<!-- {re.escape(stem)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-        new = f"\n{summary}\n{_markdown(claims[:6])}\n"
+        shown = sorted(claims, key=lambda row: row["holds"] != "NO")[:6]
+        new = f"\n{summary}\n{_markdown(shown)}\n"
         text = {"encoding": "utf-8", "errors": "surrogateescape"}  # of any page
         old = page.read_text(**text)
         changed = block.sub(lambda match: match[1] + new, old)

@@ -41,7 +41,7 @@ SHARED = dict(
     draws=8,  # sampled networks that are measured
 )
 SETTINGS = {
-    "demo": dict(width=1 / 8, steps=1500, batch=50, lr=0.012, lr_noise=0.16, peak=0.5,
+    "demo": dict(width=1 / 8, steps=900, batch=100, lr=0.024, lr_noise=0.16, peak=0.3,
                  growth={"random": 0.6, "real": 0.3}, synthetic=(1000, 1000), test=1000, **SHARED),
     "cpu": dict(width=1 / 4, steps=5000, batch=100, lr=0.024, lr_noise=0.16, peak=0.7,
                 growth={"random": 0.6, "real": 0.3}, synthetic=(50_000, 5000), test=5000,

@@ -24,6 +24,7 @@ import contextlib
 import copy
 import math
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,8 @@ from common import (StochasticConv2d, accuracy, add_clutter, beta_at, cell_table
                     weight_information, with_information)
 
 # How a cell is trained and read, stored in its row. n digits train the classifier; passes * n z,
-# each under clutter of its own, train what reads z. patience: steps of the discriminator.
+# each under clutter of its own, train what reads z. patience: steps without gain after which the
+# discriminator stops.
 SHARED = dict(lr=0.003, lr_noise=0.05)
 SETTINGS = {
     "demo": dict(n=2000, test=1000, validation=500, passes=5, width=1 / 12, steps=600, batch=32,
@@ -56,7 +58,7 @@ SETTINGS = {
                   **SHARED),
 }
 BETAS = (0.001, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
-GRID = {"demo": dict(betas=(0.001, 0.01, 0.1), controls=(0.1,)),  # more per sample at a small n
+GRID = {"demo": dict(betas=(0.001, 0.01, 0.1), controls=(0.1,)),  # at a small n beta/n is large
         "cpu": dict(betas=BETAS, controls=BETAS[2:]),
         "paper": dict(betas=BETAS, controls=BETAS[2:])}
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
@@ -388,11 +390,8 @@ def by_beta(rows, key):
 
 def rises(rows, key):
     """{"to β = 0.01:": by how much the value rises from the β before, per seed, ...}."""
-    curve, found = by_beta(rows, key), {}
-    betas = list(curve)
-    for before, beta in zip(betas, betas[1:]):
-        found[f"to β = {beta:g}:"] = curve[beta] - curve[before]
-    return found
+    curve = by_beta(rows, key)
+    return {f"to β = {beta:g}:": curve[beta] - curve[before] for before, beta in pairwise(curve)}
 
 
 def rank_correlation(rows, x, y):
@@ -410,14 +409,18 @@ def log_slope(rows, x, y):
     return np.polyfit(*np.log(values.T), 1)[0]
 
 
-def noise_excess(main, control, key):
-    """{"β = 0.1:": clutter that as costly noise leaves minus that the penalty leaves, ...}."""
-    penalty = {(row["beta"], row["seed"]): row[key] for row in main}
+def noise_excess(penalty, noise, key):
+    """{"β = 0.1:": clutter that as costly noise leaves minus that the penalty leaves, ...}.
+
+    nan where the penalty costs the label so little that hardly any noise does.
+    """
+    left = {(row["beta"], row["seed"]): row[key] for row in penalty}
     excess = {}
-    for row in control:
+    for row in noise:
         cell = row["beta"], row["seed"]
-        if cell in penalty:
-            excess.setdefault(f"β = {row['beta']:g}:", []).append(row[key] - penalty[cell])
+        if cell in left:
+            value = row[key] - left[cell] if row["noise"] > 0.01 else math.nan
+            excess.setdefault(f"β = {row['beta']:g}:", []).append(value)
     return excess
 
 
@@ -429,111 +432,114 @@ def digits_panel(ax, digits):
     ax.axis("off")
 
 
-def clutter_panel(ax, main, control):
+def clutter_panel(ax, penalty, noise):
     """Clutter that the penalty leaves, and noise that leaves as many label nats."""
     ax.plot(PAPER_BETAS, PAPER_CLUTTER, "s-", color="0.6", ms=4, label="paper")
     for (key, name), colour in zip(READERS.items(), ("C0", "C1")):
-        plot_points(ax, summarise(main, "beta", key), "o-", color=colour, label=name)
-        plot_points(ax, summarise(control, "beta", key), "D--", color=colour, mfc="w",
+        plot_points(ax, summarise(penalty, "beta", key), "o-", color=colour, label=name)
+        plot_points(ax, summarise(noise, "beta", key), "D--", color=colour, mfc="w",
                     label=f"{name}, noise")
     ax.set(xscale="log", xlabel="β, or noise with as many label nats", ylabel="I(z;n), nats",
            title="clutter in z", ylim=(-0.3, None))  # what is at 0 shows
     ax.legend()
 
 
-def bound_panel(ax, main):
+def bound_panel(ax, penalty):
     """Clutter against the bound, a point for each β."""
     ax.plot(PAPER_BOUND, PAPER_CLUTTER, "s-", color="0.6", ms=4, label="paper, 9,408 units")
-    clutter = [mean for _, mean, *_ in summarise(main, "beta", "i_zn_positions")]
+    clutter = [mean for _, mean, *_ in summarise(penalty, "beta", "i_zn_positions")]
     for key, style, name in (("bound", "C0o-", "Cor. 5.3"),
                              ("capacity", "C0o:", "less 1 nat per unit")):
-        bound = [mean for _, mean, *_ in summarise(main, "beta", key)]
+        bound = [mean for _, mean, *_ in summarise(penalty, "beta", key)]
         ax.plot(bound, clutter, style, ms=4, lw=1.2, label=name)
     ax.set(xscale="log", yscale="log", xlabel="bound on I(z;x), nats",
            ylabel="I(z;n), nats, decoder of positions", title="clutter against the bound")
     ax.legend()
 
 
-def label_panel(ax, main, control):
+def label_panel(ax, penalty, noise):
     ax.axhline(PAPER_LABEL, color="0.6", lw=2)
-    ax.annotate("paper", (main[0]["beta"], PAPER_LABEL - 0.02), color="0.45", va="top")
-    plot_points(ax, summarise(main, "beta", "i_zy"), "C2o-", label="penalty")
-    plot_points(ax, summarise(control, "beta", "i_zy"), "C2D--", mfc="w", label="noise")
+    ax.annotate("paper", (penalty[0]["beta"], PAPER_LABEL - 0.02), color="0.45", va="top")
+    plot_points(ax, summarise(penalty, "beta", "i_zy"), "C2o-", label="penalty")
+    plot_points(ax, summarise(noise, "beta", "i_zy"), "C2D--", mfc="w", label="noise")
     ax.set(xscale="log", xlabel="β", ylabel="I(z;y), nats", title="label in z",
            ylim=(0, math.log(10)))
     ax.legend()
 
 
-def plot(main, control, args):
+def plot(penalty, noise, args):
     panels = []
-    if args.dataset == "synthetic" or Path(args.data_dir, "mnist.npz").exists():
+    files = Path(args.data_dir, "mnist.npz"), Path(args.data_dir, "MNIST")
+    if args.dataset == "synthetic" or any(file.exists() for file in files):  # no download
         with contextlib.suppress(OSError):  # a damaged file
             digits = load_data(args)[2]  # which may be sorted by class
             panels.append(partial(digits_panel, digits=digits[::len(digits) // 8][:8]))
-    if main:
-        panels.append(partial(clutter_panel, main=main, control=control))
-        panels.append(partial(bound_panel, main=main))
-        panels.append(partial(label_panel, main=main, control=control))
+    if penalty:
+        panels.append(partial(clutter_panel, penalty=penalty, noise=noise))
+        panels.append(partial(bound_panel, penalty=penalty))
+        panels.append(partial(label_panel, penalty=penalty, noise=noise))
     save_panels(panels, f"Fig. 4: All-CNN, {args.dataset}, scale {args.scale}", args, columns=2)
 
 
-def clutter_claims(main, key, first, last):
+def clutter_claims(penalty, key, first, last):
     """How I(z;n) by one reader falls, from β = first to last and beyond."""
-    curve, clutter = by_beta(main, key), f"I(z;n) by {READERS[key]}"
+    curve, clutter = by_beta(penalty, key), f"I(z;n) by {READERS[key]}"
     paper = dict(zip(PAPER_BETAS, PAPER_CLUTTER))
     share = f"{paper[last] / paper[first]:.2f}" if {first, last} <= paper.keys() else "falls"
     return [
-        check(f"{clutter}: no step of β raises it by over 0.1 nats", "falls", rises(main, key),
+        check(f"{clutter}: no step of β raises it by over 0.1 nats", "falls", rises(penalty, key),
               (-math.inf, 0.1)),
         check(f"{clutter}: at β = {last:g} less than half of that at β = {first:g}", share,
               {"": curve[last] / curve[first]}, (0, 0.5)),
     ]
 
 
-def control_claim(main, control, key):
+def control_claim(penalty, noise, key):
     """Does the penalty select what it removes?"""
     return check(f"I(z;n) by {READERS[key]}: noise that costs the label as much leaves over 0.1 "
-                 "nats more than the penalty", "not shown", noise_excess(main, control, key),
+                 "nats more than the penalty", "not shown", noise_excess(penalty, noise, key),
                  (0.1, math.inf))
 
 
-def bound_claims(main):
+def bound_claims(penalty):
     correlation = partial(rank_correlation, x="bound", y="i_zn_positions")
     slope = partial(log_slope, x="capacity", y="i_zn_positions")
     return [
         check("I(z;n) and the bound of Cor. 5.3 over β: rank correlation at least 0.9", "1",
-              {"": per_seed(correlation, main)}, (0.9, 1)),
+              {"": per_seed(correlation, penalty)}, (0.9, 1)),
         check("I(z;n) ~ bound^k, the bound less 1 nat per unit: k within a factor 2 of the paper's",
-              "0.62", {"": per_seed(slope, main)}, (0.31, 1.23)),
-        check("layer of z: I + TC, which its bound limits, falls with every step of β",
-              "suggested", rises(main, "i_and_tc"), (-math.inf, 0)),
+              "0.62", {"": per_seed(slope, penalty)}, (0.31, 1.23)),
+        check("layer of z: I(x;z) + TC(z), limited by Prop. 5.1, falls with every step of β",
+              "suggested", rises(penalty, "i_and_tc"), (-math.inf, 0)),
     ]
 
 
-def claims(main, control, grid):
-    """The paper's claims, of complete seeds; their thresholds were set before the grid was trained.
+def claims(penalty, noise, grid):
+    """The paper's claims, of complete seeds.
+
+    Thresholds were set before the first grid; decoder and discriminator were enlarged after it.
     """
-    main = complete_seeds(main, [{"beta": beta} for beta in grid["betas"]])
-    control = complete_seeds(control, [{"beta": beta} for beta in grid["controls"]])
+    penalty = complete_seeds(penalty, [{"beta": beta} for beta in grid["betas"]])
+    noise = complete_seeds(noise, [{"beta": beta} for beta in grid["controls"]])
     moderate = [beta for beta in grid["betas"] if beta <= 1]
-    if not main or not moderate:
+    if not penalty or not moderate:
         return []
     if len(moderate) < 4:  # a demo trains classifier and discriminator too briefly for more
-        return clutter_claims(main, "i_zn_positions", moderate[0], moderate[-1])
+        return clutter_claims(penalty, "i_zn_positions", moderate[0], moderate[-1])
     table = []
     for key in READERS:
-        table += clutter_claims(main, key, moderate[0], moderate[-1])
-        table.append(control_claim(main, control, key))
-    label = by_beta(main, "i_zy")
+        table += clutter_claims(penalty, key, moderate[0], moderate[-1])
+        table.append(control_claim(penalty, noise, key))
+    label = by_beta(penalty, "i_zy")
     table.append(check("I(z;y) stays within 0.15 nats of 2.2 up to β = 1", f"{PAPER_LABEL} nats",
                        {f"β = {beta:g}:": label[beta] for beta in moderate}, (2.05, 2.35)))
-    return table + bound_claims(main)
+    return table + bound_claims(penalty)
 
 
-CONTROL_COLUMNS = {"I(z;n), positions": ("i_zn_positions", "{:.2f}"),
-                   "InfoNCE": ("i_zn_nce", "{:.2f}"), "Donsker-Varadhan": ("i_zn_dv", "{:.2f}"),
-                   "I(z;y)": ("i_zy", "{:.3f}")}
-MAIN_COLUMNS = CONTROL_COLUMNS | {
+NOISE_COLUMNS = {"I(z;n), positions": ("i_zn_positions", "{:.2f}"),
+                 "InfoNCE": ("i_zn_nce", "{:.2f}"), "Donsker-Varadhan": ("i_zn_dv", "{:.2f}"),
+                 "I(z;y)": ("i_zy", "{:.3f}")}
+PENALTY_COLUMNS = NOISE_COLUMNS | {
     "test accuracy": ("test_acc", "{:.3f}"), "I(w;D)": ("information", "{:.0f}"),
     "bound": ("bound", "{:.0f}"), "less 1 per unit": ("capacity", "{:.0f}"),
     "layer of z, I + TC": ("i_and_tc", "{:.1f}"), "TC": ("total_correlation", "{:.1f}")}
@@ -548,12 +554,12 @@ def make_cells(scale):
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
     rows = run_grid(make_cells(args.scale), train_cell, args, SETTINGS[args.scale], load_data)
-    trained, control = ok_rows(rows, control=None), ok_rows(rows, control="noise")
-    plot(trained, control, args)
-    save_tables(args, claims=claims(trained, control, GRID[args.scale]),
-                penalty=cell_table(trained, {"β": "beta"}, MAIN_COLUMNS),
-                noise=cell_table(control, {"β": "beta"},
-                                 CONTROL_COLUMNS | {"size": ("noise", "{:.3f}")}))
+    penalty, noise = ok_rows(rows, control=None), ok_rows(rows, control="noise")
+    plot(penalty, noise, args)
+    save_tables(args, claims=claims(penalty, noise, GRID[args.scale]),
+                penalty=cell_table(penalty, {"β": "beta"}, PENALTY_COLUMNS),
+                noise=cell_table(noise, {"β": "beta"},
+                                 NOISE_COLUMNS | {"size": ("noise", "{:.3f}")}))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ STATES = [dict(beta=beta, cross_entropy=ce, nats=nats, objective=ce + beta * nat
           for beta, ce, nats in ((0.1, 0.8, 4.0), (1.0, 0.9, 1.5))]
 CLUTTER = [dict(status="ok", seed=0, beta=beta, i_zn_nce=nats, bound=bound)
            for beta, nats, bound in ((0.1, 8.0, 64.0), (1.0, 4.0, 16.0), (10.0, 2.0, 4.0))]
-UNDER_NOISE = [row | {"i_zn_nce": row["i_zn_nce"] + 1.5} for row in CLUTTER[1:]]
+UNDER_NOISE = [row | {"i_zn_nce": row["i_zn_nce"] + 1.5, "noise": 0.5} for row in CLUTTER[1:]]
+HARDLY_NOISE = [row | {"noise": 0.001} for row in UNDER_NOISE]  # the least that is tried
 BASE = dict(attribute_nats=4.0, pixels=10.0, noise=[dict(attribute_nats=2.0, pixels=1.0)])
 QUANTITIES = {
     "fig1: beta at an accuracy": (lambda: fig1.at_accuracy(FALLING, 0.3), 10**0.5),
@@ -97,6 +98,9 @@ QUANTITIES = {
         "to β = 1:": [-4.0], "to β = 10:": [-2.0]}),
     "fig4: noise_excess": (lambda: fig4.noise_excess(CLUTTER, UNDER_NOISE, "i_zn_nce"), {
         "β = 1:": [1.5], "β = 10:": [1.5]}),
+    "fig4: noise_excess of hardly any noise": (
+        lambda: fig4.noise_excess(CLUTTER, HARDLY_NOISE, "i_zn_nce"), {
+            "β = 1:": [math.nan], "β = 10:": [math.nan]}),
     "fig4: rank_correlation": (lambda: fig4.rank_correlation(CLUTTER, "bound", "i_zn_nce"), 1.0),
     "fig4: log_slope": (lambda: fig4.log_slope(CLUTTER, "bound", "i_zn_nce"), 0.5),
     "fig4: log_slope without information": (
@@ -181,7 +185,8 @@ def test_fig4_nats_of_positions_from_no_and_full_knowledge(log_p, nats):
 
 def test_fig4_the_control_claim_asks_what_noise_leaves_more():
     leaves_more = fig4.control_claim(CLUTTER, UNDER_NOISE, "i_zn_nce")
-    leaves_less = fig4.control_claim(UNDER_NOISE, CLUTTER[1:], "i_zn_nce")
+    clearer = [row | {"noise": 0.5} for row in CLUTTER[1:]]
+    leaves_less = fig4.control_claim(UNDER_NOISE, clearer, "i_zn_nce")
     assert (leaves_more["holds"], leaves_less["holds"]) == ("yes", "NO")
 
 
@@ -200,7 +205,8 @@ def test_fig5_attributes_with_a_rare_value_are_left_out():
 
 def test_fig5_claims_on_factors_are_not_made_without_factors():
     kept = {f"kept_{part}_colour": 0.5 for part in ("outside", "hair", "skin")}
-    rows = [dict(status="ok", seed=0, beta=beta, share_named=1.0, **kept) for beta in (0.0, 20.0)]
+    rows = [dict(status="ok", seed=0, beta=beta, share_named=1.0, **kept)
+            for beta in fig5.GRID["cpu"]]
     for factors in (False, True):
         found = [row["claim"] for row in fig5.claims(rows, "cpu") if row]
         assert any("not named" in claim for claim in found) == factors

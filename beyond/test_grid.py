@@ -293,6 +293,15 @@ def test_tables_are_put_into_the_page(grid):
                                 "<!-- end -->\nafter <!-- end -->\n")
 
 
+def test_claims_that_fail_stand_first_on_the_page(tmp_path):
+    args = SimpleNamespace(out=tmp_path, figure="toy", scale="demo")
+    page = tmp_path / "README.md"
+    page.write_text("<!-- toy-demo -->\n<!-- end -->\n")
+    claims = [{"claim": f"number {i}", "holds": "NO" if i > 5 else "yes"} for i in range(8)]
+    save_tables(args, claims=claims)
+    assert re.findall(r"number (\d)", page.read_text()) == list("670123")
+
+
 # === What a row can hold
 
 @pytest.mark.parametrize("what", ["numpy", "torch"])
