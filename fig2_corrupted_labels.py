@@ -353,7 +353,8 @@ def model_claims(rows, betas_of):
 
 def in_paper(function, form):
     """function(train errors over beta) of each of the paper's networks, as text."""
-    return "; ".join(form.format(function(errors)) for errors in PAPER_ERROR.values())
+    return "; ".join(f"{model} {form.format(function(errors))}"
+                     for model, errors in PAPER_ERROR.items())
 
 
 def edge_of_errors(errors):
