@@ -641,11 +641,13 @@ def g(alpha):
 def alpha_from_information(information, dim):
     """The alpha of dim weights that hold these nats: exp(-2*information/dim) (Prop. 4.1, C = 0).
 
-    ValueError for dim < 1.
+    ValueError for dim < 1 and what is not finite.
     """
-    if dim < 1:
+    information = torch.as_tensor(information)
+    if not 1 <= dim < math.inf:
         raise ValueError(f"{dim} weights hold no nats")
-    return torch.exp(-2 * torch.as_tensor(information) / dim)
+    _require_finite(information=information)
+    return torch.exp(-2 * information / dim)
 
 
 def layer_information_bound(dim_z, alpha):
@@ -693,11 +695,12 @@ def flat_minimum_bound(weight, trace, beta):
 
     Of a net at a minimum of the summed cross-entropy, with the best noise for beta, which is
     alpha_i = beta / (w_i^2 H_ii), well below 1. weight: all K means. trace: of the Hessian H there.
-    As in the paper's proof; README.md says where its statement differs. ValueError unless trace and
-    beta are positive.
+    As in the paper's proof; README.md says where its statement differs. ValueError unless all is
+    finite, trace and beta positive.
     """
-    if not (trace > 0 and beta > 0):
-        raise ValueError(f"{trace=} and {beta=} have to be positive")
+    if not (0 < trace < math.inf and 0 < beta < math.inf):
+        raise ValueError(f"{trace=} and {beta=} have to be positive and finite")
+    _require_finite(weight=weight)
     k = weight.numel()
     return 0.5 * k * (torch.log((weight.double()**2).sum() * trace) - math.log(k**2 * beta))
 
@@ -712,10 +715,10 @@ def pac_bayes_bound(loss, divergence, n, *, max_loss=math.log(10), delta=0.05, l
     divergence: KL of these weights from a prior that has not seen the samples, nats. The bound is
     the least over lambdas (> 1/2), by a union bound. ValueError for impossible values.
     """
-    if not (0 <= loss <= max_loss and divergence >= 0 and min(lambdas) > 0.5 and n >= 1
-            and 0 < delta <= 1):
+    if not (0 <= loss <= max_loss < math.inf and 0 <= divergence < math.inf and n >= 1
+            and 0 < delta <= 1 and all(0.5 < lam < math.inf for lam in lambdas)):
         raise ValueError(f"{loss=} must be 0 to {max_loss:g}, {divergence=} >= 0, lambdas > 1/2, "
-                         f"{n=} >= 1, {delta=} in (0, 1]")
+                         f"{n=} >= 1, {delta=} in (0, 1], all finite")
     penalty = max_loss * (divergence + math.log(len(lambdas) / delta)) / n
     return min((loss + lam * penalty) / (1 - 1 / (2 * lam)) for lam in lambdas)
 
@@ -1218,14 +1221,14 @@ def parse_args(doc, datasets, seeds):
     """
     def number(text):
         if not text.isdecimal() or int(text) >= 2**63:
-            raise ValueError
+            raise argparse.ArgumentTypeError(f"{text}: a whole number from 0 on is needed")
         return int(text)
 
     def shard(text):
-        part, parts = map(int, text.split("/"))
-        if not 1 <= part <= parts:
-            raise ValueError
-        return part, parts
+        part, _, parts = text.partition("/")
+        if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+            raise argparse.ArgumentTypeError(f"{text}: I/N with I from 1 to N is needed")
+        return int(part), int(parts)
 
     def folder(text):
         return Path(text).expanduser()  # which shells do not in --out=~/x
@@ -1247,6 +1250,8 @@ def parse_args(doc, datasets, seeds):
     args = parser.parse_args()
     if args.jobs == 0:
         parser.error("--jobs 0: at least 1 is needed")
+    if args.out.is_file():
+        parser.error(f"--out {args.out}: a folder is needed, this is a file")
     args.device = _device(args.gpu)
     on_cpu = args.device.type == "cpu"
     args.scale = args.scale or ("cpu" if on_cpu else "paper")
@@ -1348,7 +1353,8 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
     if not ok_rows(rows.values()):
         if not cells:  # a shard beyond the last cell
             raise SystemExit
-        raise OSError(f"no finished row of {args.figure} --scale {args.scale} --dataset "
+        what = "every cell diverged" if rows else "no finished row"
+        raise OSError(f"{what} of {args.figure} --scale {args.scale} --dataset "
                       f"{args.dataset} with the present settings in {args.out}")
     return list(rows.values())
 
@@ -1489,7 +1495,7 @@ def _run_cell(train_cell, cell, args):
         result = _through_json({**train_cell(cell, args.device, args, progress)})
     except FloatingPointError:
         result = {"status": "diverged"}
-    except DataError as error:
+    except OSError as error:  # of the data, or the disk
         result = str(error)
     except (Exception, SystemExit):
         result = traceback.format_exc()

@@ -602,7 +602,7 @@ def saved_faces(args, beta, seed):
 
 
 def plot_faces(rows, args):
-    """The paper's figure, <out>/<figure>-<scale>-faces.png: draws of one seed for each beta."""
+    """The paper's figure, <out>/<figure>-<scale>-faces.png and .pdf: draws of one seed by beta."""
     from matplotlib.figure import Figure
     seed, columns = min(column(rows, "seed")), {}
     for row in sorted(ok_rows(rows, seed=seed), key=itemgetter("beta")):
@@ -621,7 +621,10 @@ def plot_faces(rows, args):
         ax.axis("off")
     fig.supxlabel("Three draws of one z for each β:\nwhat all share with x, z holds; what differs "
                   "is filled in", fontsize=9)
-    fig.savefig(args.out / f"{args.figure}-{args.scale}-faces.png", dpi=150, bbox_inches="tight")
+    fig.suptitle(f"Fig. 5: {args.dataset}, scale {args.scale}")
+    for ending in ("png", "pdf"):
+        fig.savefig(args.out / f"{args.figure}-{args.scale}-faces.{ending}", dpi=150,
+                    bbox_inches="tight", metadata={"CreationDate": None})
 
 
 def claims(rows, scale):

@@ -3,7 +3,9 @@
 No network, no data. Formulas are compared with independent ones: sampling, integration,
 torch.distributions, finite differences.
 """
+import builtins
 import copy
+import dis
 import importlib
 import inspect
 import io
@@ -808,8 +810,9 @@ def test_pac_bayes_bound_is_the_least_over_lambda():
 
 
 @pytest.mark.parametrize("change", [dict(loss=2.4), dict(loss=math.nan), dict(divergence=-1.0),
-                                    dict(lambdas=[0.5]), dict(n=0), dict(delta=0.0),
-                                    dict(delta=2.0)])
+                                    dict(divergence=math.inf), dict(max_loss=math.inf),
+                                    dict(lambdas=[0.5]), dict(lambdas=[1.0, math.nan]), dict(n=0),
+                                    dict(delta=0.0), dict(delta=2.0)])
 def test_pac_bayes_bound_refuses_impossible_values(change):
     with pytest.raises(ValueError):
         pac_bayes_bound(**dict(loss=0.5, divergence=1.0, n=100) | change)
@@ -950,7 +953,15 @@ def test_a_section_runs_alone_under_the_import_block(number):
     imports, *sections = re.split(r"(?m)^# === (?=\d\. )", (HERE / "common.py").read_text())
     code = f"{imports}\n# {sections[number - 1]}\n{SECTIONS[number - 1]}"
     assert len(sections) == 5
-    exec(compile(code, f"section {number}", "exec"), {"__name__": "pasted"})
+    pasted = {"__name__": "pasted"}
+    exec(compile(code, f"section {number}", "exec"), pasted)
+    assert global_names(compile(code, "", "exec")) <= pasted.keys() | vars(builtins).keys()
+
+
+def global_names(code):
+    """The names that code, and what it defines, looks up in its module."""
+    names = {line.argval for line in dis.get_instructions(code) if line.opname == "LOAD_GLOBAL"}
+    return names.union(*(global_names(part) for part in code.co_consts if hasattr(part, "co_code")))
 
 
 def test_readme_snippets_run():

@@ -309,6 +309,10 @@ REFUSED = {
     "alpha of each weight": lambda: layer_information_bound(3, torch.full((3, 4), 0.1)),
     "alpha nan": lambda: g(math.nan),
     "no weights": lambda: alpha_from_information(5.0, 0),
+    "infinite information": lambda: alpha_from_information(-math.inf, 10),
+    "a number of weights that is nan": lambda: alpha_from_information(5.0, math.nan),
+    "infinite beta": lambda: flat_minimum_bound(WEIGHT, 1.0, math.inf),
+    "a weight that is nan": lambda: flat_minimum_bound(WEIGHT * math.nan, 1.0, 1.0),
     "no curvature": lambda: flat_minimum_bound(WEIGHT, 0.0, 1.0),
     "no beta": lambda: flat_minimum_bound(WEIGHT, 1.0, 0.0),
 }

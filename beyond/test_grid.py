@@ -274,6 +274,7 @@ def test_a_diverged_cell_is_recorded(grid):
 def test_no_finished_row_is_one_line(grid):
     result = grid.run({"do": "diverge"})
     assert result.status == 2
+    assert "every cell diverged" in result.err
     assert result.err.count("\n") == 1
 
 
@@ -446,6 +447,17 @@ def test_bad_values_are_one_line_that_names_them(grid, arguments):
     assert result.err.count("\n") == 1
     assert arguments.split()[-1] in result.err
     assert not grid.out.exists()
+
+
+@pytest.mark.parametrize("arguments, needed", [
+    ("--jobs two", "a whole number from 0 on"), ("--shard 3/2", "I/N with I from 1 to N"),
+    ("--out {file}", "a folder")])
+def test_bad_values_come_with_what_is_needed(grid, tmp_path, arguments, needed):
+    file = tmp_path / "file"
+    file.touch()
+    result = grid.run(*betas(1), arguments=arguments.format(file=file).split())
+    assert result.status == 2
+    assert f"{needed} is needed" in result.err
 
 
 def test_plot_only_without_rows_names_the_folder(grid):
