@@ -1,5 +1,6 @@
 """Data sets: look-up, download, damage; synthetic images. pytest beyond."""
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,23 @@ def test_damaged_celeba_is_named(tmp_path, key, value):
     np.savez(tmp_path / "celeba64.npz", **celeba_arrays() | {key: value})
     with pytest.raises(DataError, match=f"celeba64.npz: {key}"):
         load_celeba(tmp_path)
+
+
+@pytest.mark.parametrize("damage, named", [("truncated", ""), ("labels", "y_train"),
+                                           ("shape", "x_train")])
+def test_damaged_files_are_named_in_one_line(tmp_path, damage, named):
+    path, arrays = tmp_path / "cifar10.npz", cifar_arrays()
+    if damage == "labels":
+        arrays["y_train"] = np.array([0, 1, 2, 10])
+    elif damage == "shape":
+        arrays["x_train"] = arrays["x_train"][:, :28]
+    np.savez(path, **arrays)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match="(?s)" + re.escape(f"{path}: ") + ".*" + named) as error:
+        load_cifar10(tmp_path)
+    assert "\n" not in str(error.value)
+    assert path.exists()
 
 
 def test_look_up_is_npz_then_torchvision_then_its_download(tmp_path, monkeypatch):
