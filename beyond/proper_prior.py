@@ -6,22 +6,23 @@
 r is label nats saved per nat counted; memorising pays while beta < r. Fig. 1 counts with the
 log-uniform prior, which is improper. Here its nets on random labels are trained with
 cross-entropy + beta/N * KL(q || p) for proper priors p, whose parameters are counted too:
-  "mixture":   per layer a mixture of three Gaussians of mean zero, learned;
+  "mixture":   per layer a mixture of three Gaussians of mean zero, learned; its KL is counted by an
+               upper bound, which lowers r;
   "gaussian":  per layer one Gaussian around the initial weights, its variance learned.
 N * cross-entropy + KL is the length of a code for the labels, whatever beta a net was trained with,
 so that on average over labels no more nats are saved than counted: r is at most 1 (Hinton & van
-Camp 1993; Blier & Ollivier 2018). The priors' parameters, 166 and 55 nats in eight layers, lower r
-at small N: the mixture's are 1.7 nats per sample at N = 100, 0.06 at 3,000.
+Camp 1993; Blier & Ollivier 2018). The priors' parameters, 250 and 55 nats in eight layers, lower r
+at small N: the mixture's are 2.5 nats per sample at N = 100, 0.08 at 3,000.
 
 Third, nets with the count of Fig. 1:
   "log-uniform": r as counted, and with the places of the surviving weights (alpha < 1) paid, the
-                 entropy of a Bernoulli variable per layer, less log k! for each hidden layer of k
-                 units, whose order does not matter.
+                 entropy of a Bernoulli variable per layer, less the logarithm of the number of
+                 orders of the hidden units that have any, as their order does not matter.
 For weights of small alpha that count is the KL from a log-uniform density over both signs and a
-factor of 50 in size, so that with the places it is nearly a code. Two omissions raise its r: the
-parameters of the Bernoulli variables are not paid, and log k! is too much where units are alike, as
-those without surviving weights are. The mixture gets no such credit, though it does not depend on
-the order of units either: at 1/4 width it is at most 547 nats, which matters at small N.
+factor of 50 in size, so that with the places it is nearly a code: of the net whose other weights
+are zero, not of the one measured, in which their noise, of any size, is free. The parameters of the
+Bernoulli variables are not paid either. Both raise its r. The mixture gets no credit for the order
+of units, though its count does not depend on it: at 1/4 width at most 547 nats.
 
 With a proper prior beta is raised from 0 without Fig. 1's peak, at which these nets forget.
 """
@@ -33,7 +34,7 @@ import torch
 import torch.nn as nn
 
 import fig1_phase_transition as fig1
-from common import (cell_table, check, complete_curves, group_by, ok_rows, parse_args, per_seed,
+from common import (cell_table, check, complete_curves, group_by, ok_rows, parse_args,
                     plot_points, run_grid, save_panels, save_tables, summarise,
                     weight_information)
 
@@ -42,7 +43,7 @@ BETAS = (0.05, 0.1, 0.2, 0.3, 0.5)
 SIZES = (100, 300, 1000, 3000)
 GRID = {
     "demo": dict(sizes=(100,), betas={"mixture": (0.05, 0.2), "log-uniform": (0.2,)}),
-    "cpu": dict(sizes=SIZES, betas={"mixture": BETAS, "gaussian": (0.05, 0.1, 0.2),
+    "cpu": dict(sizes=SIZES, betas={"mixture": BETAS, "gaussian": (0.1, 0.2, 0.3),
                                     "log-uniform": BETAS}),
     "paper": dict(sizes=(*SIZES, 10_000), betas={"mixture": BETAS, "gaussian": BETAS,
                                                  "log-uniform": BETAS}),
@@ -54,7 +55,9 @@ def train_cell(cell, device, args, progress):
     """Train one of Fig. 1's nets with this prior; for log-uniform, count the places too."""
     peak = SETTINGS[args.scale]["peak_proper"]
     if cell["prior"] == "mixture":
-        return fig1.train_cell(cell, device, args, progress, Mixture(), peak=peak)
+        mixture = Mixture()
+        row = fig1.train_cell(cell, device, args, progress, mixture, peak=peak)
+        return row | {"mixtures": mixture.used()}
     if cell["prior"] == "gaussian":
         return fig1.train_cell(cell, device, args, progress, around_start(), peak=peak)
     trained = []  # the net, which only the penalty sees
@@ -65,10 +68,10 @@ def train_cell(cell, device, args, progress):
 
     row = fig1.train_cell(cell, device, args, progress, information)
     layers = [m for m in trained[0].modules() if hasattr(m, "log_sigma2")]
-    hidden = [m.weight.shape[0] for m in trained[0].children() if hasattr(m, "log_sigma2")][:-1]
+    hidden = [m for m in trained[0].children() if hasattr(m, "log_sigma2")][:-1]
     return row | {"survivors": sum((m.log_alpha < 0).sum().item() for m in layers),
                   "places": sum(place_entropy(m.log_alpha < 0) for m in layers),
-                  "permutations": sum(math.lgamma(units + 1) for units in hidden)}
+                  "permutations": sum(log_orders(m.log_alpha < 0) for m in hidden)}
 
 
 def place_entropy(survives):
@@ -81,14 +84,21 @@ def place_entropy(survives):
                                + torch.special.entr(1 - fraction)).item()
 
 
-# The mixture's parameters: values in steps of 1/2 from the least one, log 64 nats paid for each.
-LEVELS, LEAST_ODDS, LEAST_LOG_S2 = 64, -16, -24
+def log_orders(survives):
+    """log of the number of orders of the units, the first dimension, that have survivors: nats."""
+    units, used = len(survives), survives.flatten(1).any(1).sum().item()
+    return math.lgamma(units + 1) - math.lgamma(units - used + 1)
+
+
+# The mixture's parameters: values in steps of 1/16 from the least one, log 512 nats paid for each.
+# In steps of 1/2 the nats of one net vary by a third, as EM goes from one level to the next.
+LEVELS, STEP, LEAST_ODDS, LEAST_LOG_S2 = 512, 1 / 16, -16, -24
 APART = (-8.0, -4.0, 0.0)  # log s^2 at the start, less that of the layer's weights
 
 
 def on_grid(parameter, least):
-    steps = (2 * (parameter - least)).round().clamp(0, LEVELS - 1)
-    return least + steps / 2
+    steps = ((parameter - least) / STEP).round().clamp(0, LEVELS - 1)
+    return least + steps * STEP
 
 
 def mixture_kl(square, log_sigma2, log_odds, log_s2):
@@ -139,9 +149,17 @@ class Mixture:
         best_s2 = ((shares @ square.detach() + 1e-12) / weights).log()
         log_odds = log_odds + best_odds - odds_used
         log_s2 = log_s2 + best_s2 - s2_used
-        self.parameters[name] = (log_odds.clamp(LEAST_ODDS, LEAST_ODDS + LEVELS / 2),
-                                 log_s2.clamp(LEAST_LOG_S2, LEAST_LOG_S2 + LEVELS / 2))
+        self.parameters[name] = (log_odds.clamp(LEAST_ODDS, LEAST_ODDS + LEVELS * STEP),
+                                 log_s2.clamp(LEAST_LOG_S2, LEAST_LOG_S2 + LEVELS * STEP))
         return kl.sum()
+
+    def used(self):
+        """{layer: [log odds, log s^2]} of the next call, lists."""
+        used = {}
+        for name, (log_odds, log_s2) in self.parameters.items():
+            on_grids = on_grid(log_odds, LEAST_ODDS), on_grid(log_s2, LEAST_LOG_S2)
+            used[name] = [values.tolist() for values in on_grids]
+        return used
 
 
 def prior_divergence(model, prior):
@@ -184,43 +202,38 @@ def around_start():
 def add_derived(rows):
     """Add nats per sample, r, and r_paid with the places paid; 0 below 55% train accuracy."""
     for row in rows:
-        n = row["n"]
+        memorised, n = row["train_acc"] > 0.55, row["n"]
+        saved = math.log(10) - row["cross_entropy"]
         row["nats"] = row["information"] / n
-        row["nats_paid"] = row["nats"]
+        row["r"] = saved / row["nats"] if memorised else 0.0
         if "places" in row:
-            row["nats_paid"] += max(0, row["places"] - row["permutations"]) / n
-        saved = math.log(10) - row["cross_entropy"] if row["train_acc"] > 0.55 else 0.0
-        row["r"], row["r_paid"] = saved / row["nats"], saved / row["nats_paid"]
+            row["nats_paid"] = row["nats"] + max(0, row["places"] - row["permutations"]) / n
+            row["r_paid"] = saved / row["nats_paid"] if memorised else 0.0
     return rows
 
 
 def largest(rows, key="r"):
-    """The largest r over beta: memorising pays at no beta above it."""
-    return max(row[key] for row in rows)
-
-
-def by_size(rows, function):
-    values = {}
-    for (n,), own in group_by(rows, "n").items():
-        values[f"N = {n:,}"] = per_seed(function, own)
-    return values
+    """The largest r over the beta of the grid; nan if none of them memorises."""
+    return max((row[key] for row in rows if row[key] > 0), default=math.nan)
 
 
 def claims(rows):
     """The thresholds were set before the grid was trained."""
     log_uniform = ok_rows(rows, prior="log-uniform")
-    mixture = by_size(ok_rows(rows, prior="mixture"), largest)
-    gaussian = by_size(ok_rows(rows, prior="gaussian"), largest)
-    counted = by_size(log_uniform, largest)
-    paid = by_size(log_uniform, partial(largest, key="r_paid"))
+    mixture = fig1.by_size(ok_rows(rows, prior="mixture"), largest)
+    gaussian = fig1.by_size(ok_rows(rows, prior="gaussian"), largest)
+    counted = fig1.by_size(log_uniform, largest)
+    paid = fig1.by_size(log_uniform, largest, key="r_paid")
     return [
         check("mixture of Gaussians: the largest r is below 0.6", "–", mixture, (0, 0.6)),
         check("mixture of Gaussians: the largest r lies from 0.25 to 0.4", "–", mixture,
               (0.25, 0.4)),
         check("one Gaussian around the initial weights: the largest r is below 0.25", "–",
               gaussian, (0, 0.25)),
-        check("log-uniform as counted: the largest r is from 0.45 to 1", "–", counted, (0.45, 1)),
-        check("log-uniform, places paid: the largest r is below 0.4", "–", paid, (0, 0.4)),
+        check("log-uniform as counted: the largest r, of β up to 0.5, is from 0.45 to 1", "–",
+              counted, (0.45, 1)),
+        check("log-uniform, places paid: the largest r, of β up to 0.5, is below 0.4", "–", paid,
+              (0, 0.4)),
     ]
 
 
@@ -267,7 +280,8 @@ def make_cells(scale):
 
 KEYS = {"prior": "prior", "N": "n", "β": "beta"}
 COLUMNS = {"train": "train_acc", "cross-entropy": "cross_entropy", "objective": "objective",
-           "I/N": "nats", "with places": "nats_paid", "r": "r", "r, places paid": "r_paid"}
+           "I/N": "nats", "with places": "nats_paid", "r": "r", "r, places paid": "r_paid",
+           "weights that survive": ("survivors", "{:.0f}")}
 
 
 def main():
