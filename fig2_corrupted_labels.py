@@ -292,26 +292,28 @@ def error_panel(ax, rows, n):
     ax.legend()
 
 
-def draw_rise(ax, rows, x):
-    """Rise of information against x, a curve for each kind and N."""
+def draw_rise(ax, rows, x, colours):
+    """Rise of information against x, a curve for each kind and N, in the colour of N."""
     for (n, kind), own in group_by(rows, "n", "kind").items():
         style = "^--" if kind == "pair" else "o-"
-        plot_points(ax, summarise(own, x, "rise"), style, label=f"{kind}, N = {n:,}")
+        plot_points(ax, summarise(own, x, "rise"), style, color=colours[n],
+                    label=f"{kind}, N = {n:,}")
     ax.set(ylabel="rise of I(w;D)/N over real labels, nats")
     ax.legend()
 
 
-def wrong_panel(ax, rows):
-    draw_rise(ax, rows, "wrong")
+def wrong_panel(ax, rows, colours):
+    draw_rise(ax, rows, "wrong", colours)
     paper = np.subtract(PAPER_NATS, PAPER_NATS[0])
     ax.plot(np.multiply(0.9, UNIFORM), paper, "o-", color="0.75", ms=4, zorder=1)
     ax.axhline(LOG10, color="k", ls=":", lw=1)
-    ax.annotate("log 10", (0, LOG10), va="bottom")
-    ax.set(xlabel="fraction of wrong labels", title="Small AlexNet (grey: paper, uniform)")
+    ax.annotate("log 10", (0.9, LOG10), ha="right", va="bottom")
+    ax.set(xlabel="fraction of wrong labels",
+           title="Small AlexNet (grey: paper, uniform, N = 30,000)")
 
 
-def entropy_panel(ax, rows):
-    draw_rise(ax, rows, "entropy")
+def entropy_panel(ax, rows, colours):
+    draw_rise(ax, rows, "entropy", colours)
     ax.plot([0, LOG10], [0, LOG10], "k--", lw=1)
     ax.annotate("one nat per nat", (LOG10, LOG10), ha="right")
     ax.set(xlabel="H(corrupted label | true label), nats", title="against the labels' entropy")
@@ -321,11 +323,12 @@ def plot(models, rising, args):
     grid, panels = GRID[args.scale], []
     if models:
         panels.append(partial(error_panel, rows=models, n=grid["n_models"]))
+    colours = {n: f"C{place}" for place, (n,) in enumerate(group_by(rising, "n"))}
     if rising:
-        panels.append(partial(wrong_panel, rows=rising))
-    main = ok_rows(rising, n=grid["n"])
-    if len(group_by(main, "corruption")) > 2:  # two would be the ends of a line
-        panels.append(partial(entropy_panel, rows=main))
+        panels.append(partial(wrong_panel, rows=rising, colours=colours))
+    most = ok_rows(rising, n=grid["n"])  # the N that has most kinds of corruption
+    if len(group_by(most, "corruption")) > 2:  # two would be the ends of a line
+        panels.append(partial(entropy_panel, rows=most, colours=colours))
     save_panels(panels, f"Fig. 2: {args.dataset}, scale {args.scale}", args)
 
 

@@ -266,7 +266,7 @@ def gap_to_converged(rows):
 
 
 def width_panel(ax, rows):
-    ax.plot(*zip(*PAPER_WIDTH.items()), label="paper, test", **PAPER_STYLE)
+    ax.plot(*zip(*PAPER_WIDTH.items()), label="paper, test (50,000 images)", **PAPER_STYLE)
     for (decay,), own in group_by(rows, "weight_decay").items():
         colour = "C0" if decay else "C2"
         for name, line in (("test", "o-"), ("train", "o:")):
