@@ -1704,10 +1704,15 @@ def save_panels(panels, title, args, columns=3):
     for panel, ax in zip(panels, axes):
         panel(ax)
     path = args.out / f"{args.figure}-{args.scale}"
-    for ending in (".png", ".pdf"):
-        fig.savefig(f"{path}{ending}", dpi=150, metadata={"CreationDate": None})
-        fig.set_layout_engine("none")  # keep the layout: finding it is half of the time
+    save_figure(fig, path)
     print(f"plot: {path}.png and .pdf", flush=True)
+
+
+def save_figure(fig, path, **options):
+    """<path>.png and .pdf, the same bytes for the same figure."""
+    for ending in (".png", ".pdf"):
+        fig.savefig(f"{path}{ending}", dpi=150, metadata={"CreationDate": None}, **options)
+        fig.set_layout_engine("none")  # keep the layout: finding it is half of the time
 
 
 def plot_points(ax, points, fmt="o-", **style):
@@ -1761,11 +1766,11 @@ def save_tables(args, **tables):
         block = re.compile(f"(<!-- {re.escape(stem)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
         shown = sorted(claims, key=lambda row: row["holds"] != "NO")[:6]
         new = f"\n{summary}\n{_markdown(shown)}\n"
-        text = {"encoding": "utf-8", "errors": "surrogateescape"}  # of any page
-        old = page.read_text(**text)
+        encoding = {"encoding": "utf-8", "errors": "surrogateescape"}  # of any page
+        old = page.read_text(**encoding)
         changed = block.sub(lambda match: match[1] + new, old)
         if changed != old:
-            page.write_text(changed, **text)
+            page.write_text(changed, **encoding)
 
 
 def _markdown(table):

@@ -361,7 +361,7 @@ def claims(random, real):
               by_size(ok_rows(real, beta=1.2), overfitting), (-math.inf, 0.1)),
         check("random labels: from 80% to 20% within a factor 2.5 in β", "about 10",
               by_size(random, fall_factor), (1, 2.5)),
-        check("random labels: this β changes with N by less than a factor 2", "4.5",
+        check("random labels: the β at 55% changes with N by less than a factor 2", "4.5",
               {"": spread}, (1, 2)),
         check("random labels: test accuracy is chance (5 to 15%)", "yes",
               by_size(random, mean_of, key="test_acc"), (0.05, 0.15), "{:.1%}"),

@@ -379,8 +379,8 @@ def claims(models, rising, grid):
               "3.1 (first version 2.2)",
               {"": [row["rise"] for row in ok_rows(random, n=10_000)]},
               (LOG10 - 0.3, LOG10 + 0.3)),
-        check("pair flips raise it less than half as much as uniform noise with as many wrong "
-              "labels", "0.60, 0.50, 0.41 by entropy", pair_ratios(noisy), (0, 0.5)),
+        check("pair flips raise information less than half as much as uniform noise with as many "
+              "wrong labels", "0.60, 0.50, 0.41 by entropy", pair_ratios(noisy), (0, 0.5)),
         check("rise / entropy of the label noise is constant within a factor 1.5", "theory",
               {"": entropy_spread(noisy)}, (1, 1.5)),
     ]

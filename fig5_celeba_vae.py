@@ -28,8 +28,8 @@ from einops import rearrange
 from common import (DataError, FACE_ELLIPSE, FACE_FACTORS, accuracy, beta_at, cell_table, check,
                     complete_seeds, group_by, ib_loss, load_celeba, lr_factor, minibatches,
                     ok_rows, param_groups, parse_args, per_seed, plot_points, predict, run_grid,
-                    sample_weights, save_panels, save_tables, summarise, synthetic_faces,
-                    to_stochastic, weight_information)
+                    sample_weights, save_figure, save_panels, save_tables, summarise,
+                    synthetic_faces, to_stochastic, weight_information)
 
 # What a cell is trained and measured with, stored in its row. channels: of each layer of the
 # classifier, whose last map, 4x4, is z. vae: channels; prior: channels, blocks. synthetic: numbers
@@ -622,9 +622,7 @@ def plot_faces(rows, args):
     fig.supxlabel("Three draws of one z for each β:\nwhat all share with x, z holds; what differs "
                   "is filled in", fontsize=9)
     fig.suptitle(f"Fig. 5: {args.dataset}, scale {args.scale}")
-    for ending in ("png", "pdf"):
-        fig.savefig(args.out / f"{args.figure}-{args.scale}-faces.{ending}", dpi=150,
-                    bbox_inches="tight", metadata={"CreationDate": None})
+    save_figure(fig, args.out / f"{args.figure}-{args.scale}-faces", bbox_inches="tight")
 
 
 def claims(rows, scale):
@@ -640,12 +638,13 @@ def claims(rows, scale):
     table = [
         check("β = 0: draws keep over 80% of the variance of the background's colour",
               "in pictures", {"": column(at_zero, "kept_outside_colour")}, (0.8, 1), "{:.0%}"),
-        check(f"β = {large:g}: they keep at least 10% more of that of the hair's and the "
-              "skin's (differences)", "in pictures", over_background, (0.1, np.inf), "{:.0%}")]
+        check(f"β = {large:g}: draws keep at least 10 points more of the variance of the hair's "
+              "and the skin's colour than of the background's (differences)", "in pictures",
+              over_background, (0.1, np.inf), "{:.0%}")]
     if factors:
         table.append(check(
             f"β = {large:g}: of the excess over chance at β = 0 attributes keep a share at least "
-            "10% larger than what is not named (difference)", "in pictures",
+            "10 points larger than what is not named (difference)", "in pictures",
             {"": difference(at_large, "share_named", "share_not_named")}, (0.1, np.inf),
             "{:.0%}"))
     if scale == "demo":  # whose networks are trained too briefly for the next
@@ -665,8 +664,8 @@ def claims(rows, scale):
             {"": per_seed(named_at_half, rows)}, (0.8, np.inf), "{:.0%}"))
     for label in in_z:
         table.append(check(
-            f"nats of {label} in z: a share at least 2% less than under noise that leaves the "
-            "attributes as much (differences)", "implied", beyond_noise(rows, NATS[label]),
+            f"nats of {label} in z: a share at least 2 points less than under noise that leaves "
+            "the attributes as much (differences)", "implied", beyond_noise(rows, NATS[label]),
             (-np.inf, -0.02), "{:.1%}"))
     return table
 

@@ -27,11 +27,11 @@ import torch.nn.functional as F
 
 import common
 from common import (LAMBDAS, StochasticConv1d, StochasticConv2d, StochasticConv3d,
-                    StochasticLinear, accuracy, add_clutter, alpha_from_information, beta_at, check,
-                    corrupt_labels, draw_outputs, draw_weight, evaluate, flat_minimum_bound, g,
-                    ib_loss, layer_information, layer_information_bound, load_cifar10, load_images,
-                    lr_factor, mean_network, minibatches, pac_bayes_bound, param_groups,
-                    recalibrate_bn, sample_weights, sampled_network, to_stochastic,
+                    StochasticLinear, accuracy, add_clutter, alpha_from_information, beta_at,
+                    check, corrupt_labels, draw_outputs, draw_weight, evaluate, flat_minimum_bound,
+                    g, ib_loss, layer_information, layer_information_bound, load_cifar10,
+                    load_images, lr_factor, mean_network, minibatches, pac_bayes_bound,
+                    param_groups, recalibrate_bn, sample_weights, sampled_network, to_stochastic,
                     weight_information, with_information)
 
 HERE = Path(__file__).resolve().parent
@@ -934,11 +934,11 @@ SECTIONS = [
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
 def test_a_section_runs_alone_under_the_import_block(number):
     imports, *sections = re.split(r"(?m)^# === (?=\d\. )", (HERE / "common.py").read_text())
-    code = f"{imports}\n# {sections[number - 1]}\n{SECTIONS[number - 1]}"
+    text = f"{imports}\n# {sections[number - 1]}\n{SECTIONS[number - 1]}"
+    code, pasted = compile(text, f"section {number}", "exec"), {"__name__": "pasted"}
     assert len(sections) == 5
-    pasted = {"__name__": "pasted"}
-    exec(compile(code, f"section {number}", "exec"), pasted)
-    assert global_names(compile(code, "", "exec")) <= pasted.keys() | vars(builtins).keys()
+    exec(code, pasted)
+    assert global_names(code) <= pasted.keys() | vars(builtins).keys()
 
 
 def global_names(code):

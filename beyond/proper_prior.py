@@ -34,9 +34,8 @@ import torch
 import torch.nn as nn
 
 import fig1_phase_transition as fig1
-from common import (cell_table, check, complete_curves, group_by, ok_rows, parse_args,
-                    plot_points, run_grid, save_panels, save_tables, summarise,
-                    weight_information)
+from common import (cell_table, check, complete_curves, group_by, ok_rows, parse_args, plot_points,
+                    run_grid, save_panels, save_tables, summarise, weight_information)
 
 SETTINGS = {scale: s | {"peak_proper": 0.0} for scale, s in fig1.SETTINGS.items()}
 BETAS = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -57,7 +56,8 @@ def train_cell(cell, device, args, progress):
     if cell["prior"] == "mixture":
         mixture = Mixture()
         row = fig1.train_cell(cell, device, args, progress, mixture, peak=peak)
-        return row | {"mixtures": mixture.used()}
+        return row | {"mixtures": {name: [values.tolist() for values in mixture.used(name)]
+                                   for name in mixture.parameters}}
     if cell["prior"] == "gaussian":
         return fig1.train_cell(cell, device, args, progress, around_start(), peak=peak)
     trained = []  # the net, which only the penalty sees
@@ -69,9 +69,10 @@ def train_cell(cell, device, args, progress):
     row = fig1.train_cell(cell, device, args, progress, information)
     layers = [m for m in trained[0].modules() if hasattr(m, "log_sigma2")]
     hidden = [m for m in trained[0].children() if hasattr(m, "log_sigma2")][:-1]
-    return row | {"survivors": sum((m.log_alpha < 0).sum().item() for m in layers),
-                  "places": sum(place_entropy(m.log_alpha < 0) for m in layers),
-                  "permutations": sum(log_orders(m.log_alpha < 0) for m in hidden)}
+    survives = {layer: layer.log_alpha < 0 for layer in layers}
+    return row | {"survivors": sum(weights.sum().item() for weights in survives.values()),
+                  "places": sum(place_entropy(weights) for weights in survives.values()),
+                  "permutations": sum(log_orders(survives[layer]) for layer in hidden)}
 
 
 def place_entropy(survives):
@@ -140,7 +141,7 @@ class Mixture:
             # apart, as EM cannot separate equal components
             self.parameters[name] = scale.new_zeros(3), scale + scale.new_tensor(APART)
         log_odds, log_s2 = self.parameters[name]
-        odds_used, s2_used = on_grid(log_odds, LEAST_ODDS), on_grid(log_s2, LEAST_LOG_S2)
+        odds_used, s2_used = self.used(name)
         kl, shares = mixture_kl(square, log_sigma2, odds_used, s2_used)
 
         # EM's step from the values on the grid is added to those off it, so that small steps add up
@@ -153,13 +154,10 @@ class Mixture:
                                  log_s2.clamp(LEAST_LOG_S2, LEAST_LOG_S2 + LEVELS * STEP))
         return kl.sum()
 
-    def used(self):
-        """{layer: [log odds, log s^2]} of the next call, lists."""
-        used = {}
-        for name, (log_odds, log_s2) in self.parameters.items():
-            on_grids = on_grid(log_odds, LEAST_ODDS), on_grid(log_s2, LEAST_LOG_S2)
-            used[name] = [values.tolist() for values in on_grids]
-        return used
+    def used(self, name):
+        """The log odds and log s^2 of this layer's prior: those of the next call."""
+        log_odds, log_s2 = self.parameters[name]
+        return on_grid(log_odds, LEAST_ODDS), on_grid(log_s2, LEAST_LOG_S2)
 
 
 def prior_divergence(model, prior):
