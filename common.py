@@ -1205,12 +1205,15 @@ def synthetic_faces(n, seed=0):
 
 @contextlib.contextmanager
 def _user_errors():
-    """As a decorator: an OSError ends the program with one line and exit status 2."""
+    """As a decorator: OSError and Ctrl-C end the program with one line, exit status 2 and 130."""
     try:
         yield
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nstopped: the rows are saved, --plot-only draws them", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def parse_args(doc, datasets, seeds):
@@ -1495,10 +1498,9 @@ def _run_cell(train_cell, cell, args):
         result = _through_json({**train_cell(cell, args.device, args, progress)})
     except FloatingPointError:
         result = {"status": "diverged"}
-    except OSError as error:  # of the data, or the disk
-        result = str(error)
-    except (Exception, SystemExit):
-        result = traceback.format_exc()
+    except (Exception, SystemExit) as error:
+        ours = isinstance(error, OSError) and error.errno is None  # of the data: a line will do
+        result = str(error) if ours else traceback.format_exc()
     return cell, result, time.monotonic() - started
 
 

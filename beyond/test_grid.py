@@ -51,6 +51,8 @@ def train_toy(cell, device, args, progress):
         raise Unpicklable("a fault", "that does not pickle")
     if what == "exit":
         sys.exit("gives up")
+    if what == "open":
+        open("no such checkpoint")
     if what == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "diverge":
@@ -361,7 +363,8 @@ def test_settings_that_cannot_be_stored_are_refused_before(grid):
 # === Cells that fail
 
 FAULTS = {"raise": "ZeroDivisionError: a fault in the cell", "raise unpicklable": "Unpicklable",
-          "exit": "gives up", "set": "TypeError|AttributeError"}
+          "exit": "gives up", "open": "FileNotFoundError.*no such checkpoint",
+          "set": "TypeError|AttributeError"}
 
 
 @pytest.mark.parametrize("what, error", FAULTS.items())
@@ -388,7 +391,7 @@ def test_workers_report_failures_and_deaths_and_go_on(grid):
     cells = [{"do": what} for what in ("die", *FAULTS, "diverge", "numpy", "no")]
     result = grid.run(*cells, arguments=["--jobs", "2"])
     assert result.status == 1
-    assert "5 of 8 cells failed" in result.err
+    assert f"{len(FAULTS) + 1} of {len(cells)} cells failed" in result.err
     assert "'die', 'seed': 0} failed: its process was killed" in result.err
     for what in FAULTS:
         assert f"'do': '{what}', 'seed': 0}} failed: Traceback" in result.err
@@ -643,6 +646,17 @@ def test_ctrl_c_ends_with_130_and_says_what_is_saved(tmp_path, jobs):
     assert result.status == 130
     assert str(toy.out) in result.err
     assert "Traceback" not in result.err
+
+
+def test_ctrl_c_while_drawing_ends_with_130(tmp_path, capsys):
+    def panel(ax):
+        raise KeyboardInterrupt
+
+    args = SimpleNamespace(out=tmp_path, figure="toy", scale="demo")
+    with pytest.raises(SystemExit) as end:
+        common.save_panels([panel], "title", args)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "\nstopped: the rows are saved, --plot-only draws them\n"
 
 
 def test_shards_side_by_side_are_the_whole_grid(tmp_path):
