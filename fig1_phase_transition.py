@@ -334,7 +334,8 @@ def plot(random, real, args):
 
 
 def claims(random, real):
-    """The paper's claims, the six main ones first; thresholds were set before the grid was run.
+    """The paper's claims, the six main ones first; thresholds were set before these rows
+    were trained.
 
     random, real: rows of complete curves over beta.
     """

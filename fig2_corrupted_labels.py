@@ -5,11 +5,11 @@
     python fig2_corrupted_labels.py --gpu 0          # CIFAR-10, the paper's N = 10,000 and 30,000
 
 Nets are trained with L = cross-entropy + beta/N * I(w;D). Panel "models": three architectures on
-random labels; in the paper each goes from memorising to chance before beta = 1. Panel "corruption":
-Small AlexNet at a small beta with part of the labels corrupted: "uniform", resampled over all
-classes, or "pair", replaced by the next class. In the paper information rises with corruption, by
-about log 10 = 2.3 nats per sample from real to random labels. Pair flips carry less entropy than as
-many uniformly wrong labels, so they should cost less.
+random labels; the paper says that each underfits before beta = 1 (in its plot Small AlexNet at 1.6).
+Panel "corruption": Small AlexNet at a small beta with part of the labels corrupted: "uniform",
+resampled over all classes, or "pair", replaced by the next class. In the paper information rises
+with corruption, by 3.1 nats per sample from real to random labels (log 10 = 2.3). Pair flips carry
+less entropy than as many uniformly wrong labels, so they should cost less.
 
 Protocol and measures as in Fig. 1, with a peak of beta for each architecture
 (results/protocols.md). Errors are of one sampled network, the mean over draws.
@@ -366,7 +366,7 @@ def edge_of_errors(errors):
 
 
 def claims(models, rising, grid):
-    """The paper's claims, of complete curves; thresholds were set before the grid was trained."""
+    """The paper's claims, of complete curves; thresholds were set before these rows were trained."""
     main = ok_rows(rising, n=grid["n"])
     noisy = [row for row in main if row["corruption"] > 0]
     random = ok_rows(rising, corruption=1.0)

@@ -360,7 +360,7 @@ def best_beta_claims(rows):
 
 
 def claims(width, beta, grid):
-    """The paper's claims, of complete seeds; thresholds were set before the grid was trained."""
+    """The paper's claims, of complete seeds; thresholds were set before these rows were trained."""
     betas, table, by_cap = grid["betas"], [], {}
     for decay in grid["decays"]:
         cells = [{"weight_decay": decay, "width": w} for w in grid["widths"]]

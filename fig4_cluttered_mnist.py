@@ -388,10 +388,13 @@ def by_beta(rows, key):
             for (beta,), own in group_by(rows, "beta").items()}
 
 
-def rises(rows, key):
-    """{"to β = 0.01:": by how much the value rises from the β before, per seed, ...}."""
-    curve = by_beta(rows, key)
-    return {f"to β = {beta:g}:": curve[beta] - curve[before] for before, beta in pairwise(curve)}
+def largest_rise(rows, key):
+    """{"to β = 0.01:": by how much the value rises from the β before, per seed}, where by most."""
+    curve, rises = by_beta(rows, key), {}
+    for before, beta in pairwise(curve):
+        rises[f"to β = {beta:g}:"] = curve[beta] - curve[before]
+    means = [values.mean() for values in rises.values()]
+    return dict([list(rises.items())[np.argmax(means)]]) if means else {}  # a nan, if there is one
 
 
 def rank_correlation(rows, x, y):
@@ -487,8 +490,8 @@ def clutter_claims(penalty, key, first, last):
     paper = dict(zip(PAPER_BETAS, PAPER_CLUTTER))
     share = f"{paper[last] / paper[first]:.2f}" if {first, last} <= paper.keys() else "falls"
     return [
-        check(f"{clutter}: no step of β raises it by over 0.1 nats", "falls", rises(penalty, key),
-              (-math.inf, 0.1)),
+        check(f"{clutter}: no step of β raises it by over 0.1 nats (shown: the largest)", "falls",
+              largest_rise(penalty, key), (-math.inf, 0.1)),
         check(f"{clutter}: at β = {last:g} less than half of that at β = {first:g}", share,
               {"": curve[last] / curve[first]}, (0, 0.5)),
     ]
@@ -509,8 +512,9 @@ def bound_claims(penalty):
               {"": per_seed(correlation, penalty)}, (0.9, 1)),
         check("I(z;n) ~ bound^k, the bound less 1 nat per unit: k within a factor 2 of the paper's",
               "0.62", {"": per_seed(slope, penalty)}, (0.31, 1.23)),
-        check("layer of z: I(x;z) + TC(z), limited by Prop. 5.1, falls with every step of β",
-              "suggested", rises(penalty, "i_and_tc"), (-math.inf, 0)),
+        check("layer of z: I(x;z) + TC(z), limited by Prop. 5.1, falls with every step of β "
+              "(shown: the largest)", "suggested", largest_rise(penalty, "i_and_tc"),
+              (-math.inf, 0)),
     ]
 
 

@@ -168,8 +168,14 @@ def test_mean_r_may_exceed_1_by_its_standard_error():
     (2.2, 1.5, ["yes", "yes"]), (2.31, 1.1, ["NO", "yes"]), (2.31, 0.99, ["NO", "NO"])])
 def test_claims_of_the_log_uniform_count(objective, r, expected):
     row = dict(status="ok", seed=0, prior="log-uniform", features=100, n=100, beta=2.0, r=r,
-               objective=objective)
+               objective=objective, train_acc=0.6)
     assert verdicts([], [row]) == expected
+
+
+def test_r_of_nets_that_have_not_memorised_does_not_count():
+    rows = [dict(r=2.5, train_acc=0.6), dict(r=5.1, train_acc=0.3)]
+    assert linear.largest_counted_r(rows) == 2.5
+    assert math.isnan(linear.largest_counted_r(rows[1:]))
 
 
 # === proper_prior.py ==============================================================================
