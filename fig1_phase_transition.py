@@ -185,10 +185,10 @@ def log_line(rows, level=0.4):
 # The same over N; options: of the function
 
 def by_size(rows, function, **options):
-    """{"N = 100": function(rows of one seed) of every seed, ...}, as claims need it."""
+    """{"N = 100:": function(rows of one seed) of every seed, ...}, as claims need it."""
     values = {}
     for (n,), own in group_by(rows, "n").items():
-        values[f"N = {n:,}"] = per_seed(partial(function, **options), own)
+        values[f"N = {n:,}:"] = per_seed(partial(function, **options), own)
     return values
 
 
@@ -203,13 +203,13 @@ def curve_over_n(rows, function, **options):
 
 
 def best_betas(rows):
-    """{"N = 100": [the beta of the best test accuracy, the mean over seeds], ...}."""
+    """{"N = 100:": [the beta of the best test accuracy, the mean over seeds], ...}."""
     best = {}
     for (n,), own in group_by(rows, "n").items():
         curve = summarise(own, "beta", "test_acc")
         if len(curve) > 4:  # of fewer beta, the best says little
             beta, *_ = max(curve, key=itemgetter(1))
-            best[f"N = {n:,}"] = [beta]
+            best[f"N = {n:,}:"] = [beta]
     return best
 
 
@@ -352,7 +352,7 @@ def claims(random, real):
         check("random labels, β = 1.2: not learned (train accuracy at most 20%)", "yes",
               by_size(random_12, mean_of, key="train_acc"), (0, 0.2)),
         check("random labels: through 55% at a β from 0.5 to 1.1",
-              "; ".join(f"N = {n:,} {beta:g}" for n, beta in PAPER_CROSSING.items()), edge,
+              "; ".join(f"N = {n:,}: {beta:g}" for n, beta in PAPER_CROSSING.items()), edge,
               (0.5, 1.1)),
         check("real labels, 40% fitted, N from 1,000: information ~ N^k, k below 0.5",
               "saturates", {"": at_equal_fit(level=0.4)}, (-math.inf, 0.5)),

@@ -60,6 +60,8 @@ CLUTTER = [dict(status="ok", seed=0, beta=beta, i_zn_nce=nats, bound=bound)
            for beta, nats, bound in ((0.1, 8.0, 64.0), (1.0, 4.0, 16.0), (10.0, 2.0, 4.0))]
 UNDER_NOISE = [row | {"i_zn_nce": row["i_zn_nce"] + 1.5, "noise": 0.5} for row in CLUTTER[1:]]
 HARDLY_NOISE = [row | {"noise": 0.001} for row in UNDER_NOISE]  # the least that is tried
+SHARES = [dict(beta=0.0, share_pixels=1.0, noise_pixels=1.0),
+          dict(beta=2.0, share_pixels=0.25, noise_pixels=0.5)]
 BASE = dict(attribute_nats=4.0, pixels=10.0, noise=[dict(attribute_nats=2.0, pixels=1.0)])
 QUANTITIES = {
     "fig1: beta at an accuracy": (lambda: fig1.at_accuracy(FALLING, 0.3), 10**0.5),
@@ -78,10 +80,10 @@ QUANTITIES = {
         lambda: fig1.exponents(BY_N[:6], fig1.mean_of, key="information"), []),
     "fig1: log_line": (lambda: fig1.log_line(FALLING, 0.3), 0.5 - 2),
     "fig1: overfitting": (lambda: fig1.overfitting(FALLING), 0.05),
-    "fig1: best_betas": (lambda: fig1.best_betas(TESTED), {"N = 100": [3.0]}),
+    "fig1: best_betas": (lambda: fig1.best_betas(TESTED), {"N = 100:": [3.0]}),
     "fig1: best_betas of few": (lambda: fig1.best_betas(TESTED[:4]), {}),
     "fig1: by_size": (lambda: fig1.by_size(BY_N, len), {
-        "N = 100": [3], "N = 1,000": [3], "N = 10,000": [3]}),
+        "N = 100:": [3], "N = 1,000:": [3], "N = 10,000:": [3]}),
     "fig2: transition": (lambda: fig2.transition(FALLING), 10 ** (0.35 / 0.4 - 1)),
     "fig2: steps_of_rise": (lambda: fig2.steps_of_rise(CORRUPTED[:3]), {
         "0 to 0.1:": [0.5], "0.1 to 1:": [1.5]}),
@@ -109,6 +111,7 @@ QUANTITIES = {
     "fig5: under_noise": (lambda: fig5.under_noise(BASE, 3.0, "pixels"), 5.5),
     "fig5: named": (lambda: fig5.named(dict(drawn_attributes=0.8, drawn_chance=0.6)), 0.5),
     "fig5: share of hardly anything": (lambda: fig5.ratio(0.05, 0.1), math.nan),
+    "fig5: beyond_noise": (lambda: fig5.beyond_noise(SHARES, "pixels"), {"β = 2:": [0.25]}),
     "fig5: under_noise beyond all noise": (lambda: fig5.under_noise(BASE, 1.0, "pixels"), math.nan),
 }
 
