@@ -12,7 +12,7 @@ fall to chance within a factor of two in beta, and real labels learned far beyon
 
 Every weight has noise of a learned variance, and its nats (1.44 bits each) count in I(w;D).
 Protocol (results/protocols.md): Adam, the rates held for 60% of the steps; beta is raised from 0 to
-a peak and then lowered to its value, as nets that start at full beta stay at chance. Accuracy and
+a peak and then lowered to its value, as nets that start at beta = 0.3 stay at chance. Accuracy and
 cross-entropy are those of one sampled network, the mean over draws; test accuracy is that of the
 mean network.
 """

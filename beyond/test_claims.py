@@ -60,8 +60,8 @@ CLUTTER = [dict(status="ok", seed=0, beta=beta, i_zn_nce=nats, bound=bound)
            for beta, nats, bound in ((0.1, 8.0, 64.0), (1.0, 4.0, 16.0), (10.0, 2.0, 4.0))]
 UNDER_NOISE = [row | {"i_zn_nce": row["i_zn_nce"] + 1.5, "noise": 0.5} for row in CLUTTER[1:]]
 HARDLY_NOISE = [row | {"noise": 0.001} for row in UNDER_NOISE]  # the least that is tried
-SHARES = [dict(beta=0.0, share_pixels=1.0, noise_pixels=1.0),
-          dict(beta=2.0, share_pixels=0.25, noise_pixels=0.5)]
+SHARES = [dict(beta=0.0, pixels=8.0, share_pixels=1.0, noise_pixels=1.0),
+          dict(beta=2.0, pixels=2.0, share_pixels=0.25, noise_pixels=0.5)]
 BASE = dict(attribute_nats=4.0, pixels=10.0, noise=[dict(attribute_nats=2.0, pixels=1.0)])
 QUANTITIES = {
     "fig1: beta at an accuracy": (lambda: fig1.at_accuracy(FALLING, 0.3), 10**0.5),
