@@ -98,8 +98,10 @@ def train_cell(cell, device, args, progress):
         row = measure_classifier(model, digits)
         z, masks, positions, labels = sample_z(model, digits, s["passes"])
 
+    # Train what reads z: the label, the squares' positions, the mask
     row["i_zy"] = label_nats(z.mean((2, 3)), labels, s)
     row["i_zn_positions"] = position_information(z, positions, s, progress)
+    # shuffle=False: z of the test digits come last, so that they are the ones held out
     discriminator = Discriminator(z.shape[1], s["discriminator_channels"]).to(device)
     ratio = density_ratio_information(
         discriminator, z, masks, steps=s["discriminator_steps"], patience=s["patience"],
@@ -108,7 +110,7 @@ def train_cell(cell, device, args, progress):
 
 
 def train_classifier(beta, seed, device, args, progress):
-    """A net trained at beta and its digits; the same for the same seed."""
+    """A net trained at beta and its digits; the same for the same seed (on a GPU nearly)."""
     s = SETTINGS[args.scale]
     steps = s["steps"]
     torch.manual_seed(seed)

@@ -74,6 +74,7 @@ def train_cell(cell, device, args, progress):
     vae, evaluator = shared_networks(*source)
     torch.manual_seed(seed)  # after shared_networks, which has a seed of its own
 
+    # The classifier; z of faces that it has not seen, which train what reads z, and of test faces
     classifier = train_classifier(images, attributes, parts["classifier"], beta, s, progress)
     with sample_weights(classifier):  # z ~ p(z|x)
         # weights are resampled for every eight faces, as one face alone costs nearly as much
@@ -83,6 +84,7 @@ def train_cell(cell, device, args, progress):
     mean, std = z.mean(0), z.std(0) + 1e-6
     z, z_test = (z - mean) / std, (z_test - mean) / std
 
+    # p(x|z): u ~ p(u|z), decoded
     prior = train_prior(map_faces(vae.encoder, images, unseen), z, s, progress)
 
     def draw(z):
@@ -91,6 +93,7 @@ def train_cell(cell, device, args, progress):
 
     some = test[:s["drawn"]]
     x, drawn = take(images, some), predict(draw, z_test[:len(some)])
+    # For the picture: some x, and draws of each
     shown = [x[:SHOWN]] + [predict(draw, z_test[:SHOWN]) for _ in range(DRAWS)]
     shown = (torch.stack(shown) * 127.5 + 127.5).round().to(torch.uint8)
     torch.save({"settings": str(s), "faces": shown.cpu()}, faces_file(args, beta, seed))
@@ -100,11 +103,13 @@ def train_cell(cell, device, args, progress):
            "information": weight_information(classifier).item(),
            "attribute_acc": agreement(logits, attributes[test]),
            "majority_acc": agreement(majority, attributes[test])}
+    # What draws keep of x
     row |= colours_kept(x, drawn, args.dataset)
     measured = without_rare(attributes, test, s["rarest"])
     row |= read_from_draws(predict(evaluator, drawn), measured, factors, some)
     rebuilt = predict(evaluator, predict(vae.rebuild, x))[:, :measured.shape[1]]
     row["rebuilt_attributes"] = agreement(rebuilt, measured[some])  # what draws could reach
+    # What ridge regression reads from z itself, and from z under white noise
     targets = ridge_targets(images, measured, factors, parts, args.dataset, s["components"])
     z = z[:len(parts["ridge"])]  # with which the unseen faces begin
     row |= measure_z(z, z_test, targets)
