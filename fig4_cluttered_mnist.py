@@ -395,8 +395,11 @@ def largest_rise(rows, key):
     curve, rises = by_beta(rows, key), {}
     for before, beta in pairwise(curve):
         rises[f"to β = {beta:g}:"] = curve[beta] - curve[before]
+    if not rises:
+        return {}
     means = [values.mean() for values in rises.values()]
-    return dict([list(rises.items())[np.argmax(means)]]) if means else {}  # a nan, if there is one
+    largest = list(rises)[np.argmax(means)]  # one that is nan, if there is one
+    return {largest: rises[largest]}
 
 
 def rank_correlation(rows, x, y):
