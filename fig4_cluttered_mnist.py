@@ -110,7 +110,7 @@ def train_cell(cell, device, args, progress):
 
 
 def train_classifier(beta, seed, device, args, progress):
-    """A net trained at beta and its digits; the same for the same seed (on a GPU nearly)."""
+    """A net trained at beta and its digits; the same for the same seed."""
     s = SETTINGS[args.scale]
     steps = s["steps"]
     torch.manual_seed(seed)

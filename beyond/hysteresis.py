@@ -17,8 +17,8 @@ Between the lower edge and equal objective chance is not the minimum, only hard 
 per beta raise equal objective and the upper edge; there is no sign of it in the lower edge.
 
 Rows that say train_acc_batch and cross_entropy_batch were measured with batch statistics. The edges
-are where accuracy falls, which is as steep in either measure. In two nets measured both
-ways r of one sampled network was higher by 0.05, less than any distance between the edges.
+are where accuracy falls, which is as steep in either measure. In two nets measured both ways r of
+one sampled network was higher by 0.05, less than any distance between the edges.
 """
 import copy
 import math
