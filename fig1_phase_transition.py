@@ -149,6 +149,7 @@ def train_cell(cell, device, args, progress, information=weight_information, **c
 PAPER_CROSSING = {100: 1.3, 300: 0.49, 1000: 0.63, 3000: 0.74, 10_000: 0.60, 30_000: 0.33,
                   48_000: 0.29}
 PAPER_LINE = -2.8
+MEMORISED = 0.55  # train accuracy on random labels: half of the way from chance to all
 FITS = (0.3, 0.4, 0.5)  # train accuracies on real labels at which nets of different N compare
 
 
@@ -257,7 +258,7 @@ def draw_line(ax, beta_by_n, name, colour, named_at=-1, **style):
 def random_map(ax, rows):
     accuracy_map(ax, rows, "train_acc", "train accuracy, random labels")
     draw_line(ax, PAPER_CROSSING, "55%, paper", "0.3", named_at=1, lw=2)
-    draw_line(ax, curve_over_n(rows, at_accuracy, level=0.55), "55%, here", "k", lw=2)
+    draw_line(ax, curve_over_n(rows, at_accuracy, level=MEMORISED), "55%, here", "k", lw=2)
 
 
 def real_map(ax, rows):
@@ -343,7 +344,7 @@ def claims(random, real):
     from_1000 = [row for row in real if row["n"] >= 1000]
     from_3000 = [row for row in real if row["n"] >= 3000]
     at_equal_fit = partial(exponents, from_1000, at_accuracy, key="information")
-    edge = by_size(random, at_accuracy, level=0.55)
+    edge = by_size(random, at_accuracy, level=MEMORISED)
     edges = [values.mean() for values in edge.values() if np.isfinite(values).all()]
     spread = [max(edges) / min(edges)] if len(edges) > 1 else []
     return [

@@ -32,7 +32,7 @@ from common import (check, complete_seeds, corrupt_labels, crossing, draw_subset
                     load_images, lr_factor, minibatches, normalise, ok_rows, param_groups,
                     parse_args, per_seed, plot_points, run_grid, save_panels, save_tables,
                     summarise, to_stochastic, weight_information)
-from fig1_phase_transition import DATASETS, small_alexnet
+from fig1_phase_transition import DATASETS, MEMORISED, small_alexnet
 
 # first: steps at the first beta of a branch. below: smaller betas, for the branch at chance only.
 BRANCH = dict(betas=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2),
@@ -130,7 +130,7 @@ def by_beta(rows):
             point["train_acc"] = accuracy
             point["objective"] = cross_entropy + beta * nats
             # of chance, r would be a ratio of two small numbers
-            point["r"] = (math.log(10) - cross_entropy) / nats if accuracy > 0.55 else 0.0
+            point["r"] = (math.log(10) - cross_entropy) / nats if accuracy > MEMORISED else 0.0
             points.append(point)
     return points
 
@@ -148,12 +148,12 @@ def edges(rows):
     """
     points = by_beta(rows)
     memorised, chance = ok_rows(points, start="memorised"), ok_rows(points, start="chance")
-    upper = crossing(summarise(memorised, "beta", "train_acc"), 0.55)
-    lower = crossing(summarise(chance, "beta", "train_acc"), 0.55)
+    upper = crossing(summarise(memorised, "beta", "train_acc"), MEMORISED)
+    lower = crossing(summarise(chance, "beta", "train_acc"), MEMORISED)
     # crossing gives nan for an edge that is beyond all beta measured
-    if max(point["train_acc"] for point in chance) < 0.55:
+    if max(point["train_acc"] for point in chance) < MEMORISED:
         lower = 0.0
-    if min(point["train_acc"] for point in memorised) >= 0.55:
+    if min(point["train_acc"] for point in memorised) >= MEMORISED:
         upper = max(point["beta"] for point in memorised)
     return lower, critical_beta(memorised), upper
 

@@ -31,6 +31,7 @@ from common import (StochasticLinear, check, complete_curves, corrupt_labels, dr
                     fmt, group_by, load_images, lr_factor, normalise, ok_rows, param_groups,
                     parse_args, per_seed, plot_points, run_grid, save_panels, save_tables,
                     summarise)
+from fig1_phase_transition import MEMORISED
 
 # draws: of labels. signs, inputs: dimensions. networks: sampled ones. The rest of the first line is
 # of annealed importance sampling.
@@ -289,7 +290,7 @@ def lowest_objective(rows, chance):
 
 def largest_counted_r(rows):
     """Of nets that have memorised: of chance r would be a ratio of two small numbers."""
-    return max((row["r"] for row in rows if row["train_acc"] > 0.55), default=math.nan)
+    return max((row["r"] for row in rows if row["train_acc"] > MEMORISED), default=math.nan)
 
 
 def by_kernel(rows, function):

@@ -23,7 +23,7 @@ from beyond.hysteresis import measure, random_labels, train
 from common import (cell_table, check, complete_seeds, crossing, group_by, load_images, ok_rows,
                     parse_args, per_seed, plot_points, run_grid, save_panels, save_tables,
                     summarise)
-from fig1_phase_transition import DATASETS
+from fig1_phase_transition import DATASETS, MEMORISED
 
 SHARED = dict(lr_noise=0.16, hold=0.6, draws=8)
 SETTINGS = {
@@ -61,7 +61,7 @@ def train_cell(cell, device, args, progress):
 
 def transition(rows):
     """The beta at which train accuracy falls through 55%; nan if it does not."""
-    return crossing(summarise(rows, "beta", "train_acc"), 0.55)
+    return crossing(summarise(rows, "beta", "train_acc"), MEMORISED)
 
 
 def transition_ratio(rows, cap, higher):
@@ -75,7 +75,7 @@ def uncounted(rows):
     Of nets with over 55% train accuracy; nan without any.
     """
     return max((math.log(10) - row["cross_entropy"] - row["nats"] for row in rows
-                if row["train_acc"] > 0.55), default=math.nan)
+                if row["train_acc"] > MEMORISED), default=math.nan)
 
 
 def claims(rows, grid):

@@ -201,7 +201,7 @@ def around_start():
 def add_derived(rows):
     """Add nats per sample, r, and r_paid with the places paid; 0 below 55% train accuracy."""
     for row in rows:
-        memorised, n = row["train_acc"] > 0.55, row["n"]
+        memorised, n = row["train_acc"] > fig1.MEMORISED, row["n"]
         saved = math.log(10) - row["cross_entropy"]
         row["nats"] = row["information"] / n
         row["r"] = saved / row["nats"] if memorised else 0.0
