@@ -131,7 +131,8 @@ class _GaussianNoise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mean, variance):
-        std = torch.add(variance, 1e-12).sqrt_()
+        # a convolution by Winograd's or Fourier's transform can round 0 to less
+        std = variance.clamp(min=0).add_(1e-12).sqrt_()
         # drawn flat: torch fills channels-last tensors with normals several times slower
         noise = torch.randn(std.numel(), dtype=std.dtype, device=std.device)
         noise = noise.as_strided(std.shape, std.stride())
@@ -143,7 +144,7 @@ class _GaussianNoise(torch.autograd.Function):
     def backward(ctx, grad):
         slope, variance = ctx.saved_tensors
         if torch.is_grad_enabled():  # under create_graph: the slope as a function of variance
-            std = (variance + 1e-12).sqrt()
+            std = (variance.clamp(min=0) + 1e-12).sqrt()
             slope = slope * std.detach() / std
         return grad, grad * slope
 
@@ -167,7 +168,8 @@ class _GaussianKL(torch.autograd.Function):
     def backward(ctx, grad):
         weight_slope, slope, weight, log_sigma2 = ctx.saved_tensors
         if torch.is_grad_enabled():  # under create_graph: the slopes as functions of both
-            w, log_alpha = _at_least_float32(weight), log_sigma2 - _log_square(weight)
+            w, beyond = _at_least_float32(weight), F.relu(log_sigma2.detach() - MAX_LOG_SIGMA2)
+            log_alpha = log_sigma2 - beyond - _log_square(weight)
             k = torch.sigmoid(K2 + K3 * log_alpha)
             slope = -K1 * K3 * k * (1 - k) - 0.5 * torch.sigmoid(-log_alpha)
             weight_slope = slope * w / (w**2 + EPS)
@@ -189,6 +191,8 @@ class _StochasticWeight:
             raise ValueError(f"noise={noise!r}: choose 'gaussian' or 'lognormal'")
         if max_log_alpha is None and noise == "lognormal":
             max_log_alpha = 1.0
+        if not (math.isfinite(log_alpha) and math.isfinite(max_log_alpha or 0)):
+            raise ValueError(f"{max_log_alpha=} and {log_alpha=} have to be finite")
         self.noise, self.max_log_alpha = noise, max_log_alpha
         self.local = isinstance(self, nn.Linear) if local is None else local
         trained = self.weight.requires_grad
@@ -200,6 +204,13 @@ class _StochasticWeight:
         super().reset_parameters()
         if "log_sigma2" in self._parameters:  # not within __init__
             self.log_alpha = self._initial_log_alpha
+
+    def _apply(self, fn, **options):
+        was_meta = self.log_sigma2.is_meta
+        super()._apply(fn, **options)
+        if was_meta and not self.log_sigma2.is_meta:  # by to_empty(): any memory
+            nn.init.constant_(self.log_sigma2, math.nan)
+        return self
 
     def _make_plain(self):
         """Be the plain layer again, in place, with the present weights."""
@@ -277,7 +288,7 @@ class _StochasticWeight:
         weight = state_dict.get(prefix + "weight")
         if weight is not None and weight.shape == self.weight.shape:
             log_alpha = self._initial_log_alpha
-            if not self.weight.is_meta:
+            if not (self.weight.is_meta or self.log_sigma2.isnan().any()):  # nan: after to_empty()
                 log_alpha = _at_least_float32(self.log_sigma2) - _log_square_or_scale(self.weight)
                 weight = weight.to(self.weight)
             log_sigma2 = (log_alpha + _log_square_or_scale(weight)).detach()
@@ -346,37 +357,41 @@ def to_stochastic(module, *, skip=(), **options):
     parameters = dict(module.named_parameters(remove_duplicate=False))
     if unknown := set(skip) - set(layers) - set(parameters):
         raise ValueError(f"skip names {unknown}, which the model does not have")
-    spared = {m for name in skip if name in layers for m in layers[name].modules()}
-    spared_parameters = [parameters[name] for name in skip if name in parameters]
-    noise = {m.weight: m.log_sigma2 for m in layers.values() if isinstance(m, _StochasticWeight)}
-    for layer in layers.values():
-        weight = layer._parameters.get("weight")  # not that of a hook, such as weight_norm's
-        skipped = layer in spared or any(weight is p for p in spared_parameters)
-        own_forward = "forward" in vars(layer)  # which would not draw noise
-        if type(layer) in STOCHASTIC and weight is not None and not skipped and not own_forward:
-            layer.__class__ = STOCHASTIC[type(layer)]  # the same object, wherever it is held
-            layer._make_stochastic(**options)
-            layer.log_sigma2 = noise.setdefault(weight, layer.log_sigma2)
-    _warn_of_plain_weights(layers, spared, spared_parameters)
+    spared_layers = {m for name in skip if name in layers for m in layers[name].modules()}
+    spared = {parameters[name] for name in skip if name in parameters}  # shared by whatever layers
+    spared = spared.union(*(m.parameters() for m in spared_layers))
+    noise = {}  # of every weight one, the first
+    for layer in sorted(layers.values(), key=lambda m: not isinstance(m, _StochasticWeight)):
+        if type(layer) in STOCHASTIC and "forward" not in vars(layer):  # which would draw no noise
+            weight = layer._parameters.get("weight")  # not that of a hook, such as weight_norm's
+            if weight is not None and weight.is_floating_point() and weight not in spared:
+                layer.__class__ = STOCHASTIC[type(layer)]  # the same object, wherever it is held
+                layer._make_stochastic(**options)
+        if isinstance(layer, _StochasticWeight) and "weight" in layer._parameters:
+            layer.log_sigma2 = noise.setdefault(layer.weight, layer.log_sigma2)
+    _warn_of_plain_weights(layers, spared_layers, spared)
     return module
 
 
-def _warn_of_plain_weights(layers, spared, spared_parameters):
+def _warn_of_plain_weights(layers, spared_layers, spared):
     """Name the weights without noise, but the spared ones, and their share of all weights."""
     plain, sizes, sizes_plain = [], {}, {}
-    counted = {m.weight for m in layers.values() if isinstance(m, _StochasticWeight)}
+    noisy = [m for m in layers.values() if isinstance(m, _StochasticWeight)]
+    counted = set().union(*(m.parameters() for m in noisy))
     for prefix, layer in layers.items():
         weights = dict(layer.named_parameters(recurse=False))
-        if type(layer).__module__.startswith("torch.ao.nn.quantized") and hasattr(layer, "weight"):
-            weights["weight"] = layer.weight()
+        if ".quantized" in type(layer).__module__:  # whose weights are no parameters
+            if hasattr(layer, "get_weight"):  # recurrent
+                weights |= layer.get_weight()
+            elif callable(getattr(layer, "weight", None)):
+                weights["weight"] = layer.weight()
         for name, weight in weights.items():
             lazy = nn.parameter.is_lazy(weight)
             if name in ("log_sigma2", "bias") or not lazy and weight.dim() < 2:
                 continue
             size = 0 if lazy else weight.numel()
             sizes[weight] = size  # holds the weights: no two have one id
-            if weight not in counted and layer not in spared and not any(
-                    weight is p for p in spared_parameters):
+            if weight not in counted | spared and layer not in spared_layers:
                 plain.append(f"{prefix}.{name}".lstrip("."))
                 sizes_plain[weight] = size
     if plain:
@@ -445,7 +460,7 @@ def recalibrate_bn(net, x):
     layers = {m: m.momentum for m in net.modules()
               if isinstance(m, nn.modules.batchnorm._BatchNorm)
               and m.running_mean is not None and (m.training or not net.training)}
-    seen = dict.fromkeys(layers, 0)
+    seen, before = dict.fromkeys(layers, 0), {m: copy.deepcopy(m._buffers) for m in layers}
 
     def weigh(layer, args, kwargs):  # every part counts by its number of samples
         inputs, *_ = (*args, *kwargs.values())
@@ -462,6 +477,11 @@ def recalibrate_bn(net, x):
         parts = math.ceil(len(x) / 500) if layers else 0
         for part in range(parts):  # interleaved, as rows may be sorted by class; none is small
             net(x[part::parts])
+    except BaseException:  # the statistics are those of some parts, or none
+        for layer, buffers in before.items():
+            for name, value in buffers.items():
+                layer.get_buffer(name).copy_(value)
+        raise
     finally:
         for hook in hooks:
             hook.remove()
@@ -519,10 +539,17 @@ def predict(model, x):
 
 
 def accuracy(logits, labels):
-    """Fraction of logits (n, classes) whose largest entry is at the label (n,): float."""
+    """Fraction of logits (n, classes) whose largest entry is at the label (n,): float, or nan.
+
+    nan if a logit is. ValueError for labels that are not integers from 0 to classes - 1.
+    """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"labels {tuple(labels.shape)}, logits {tuple(logits.shape)}: "
                          "they should be (n,) and (n, classes)")
+    if labels.is_floating_point() or ((labels < 0) | (labels >= logits.shape[1])).any():
+        raise ValueError(f"labels should be integers from 0 to {logits.shape[1] - 1}")
+    if logits.isnan().any():
+        return math.nan
     return (logits.argmax(1) == labels).float().mean().item()
 
 
@@ -540,7 +567,7 @@ def evaluate(model, x, y, x_test, y_test, draws=8):
         recalibrate_bn(net, x).eval()
         logits, logits_test = predict(net, x), predict(net, x_test)
         return {"train_acc": accuracy(logits, y),
-                "cross_entropy": F.cross_entropy(logits, y).item(),
+                "cross_entropy": F.cross_entropy(logits, y.long()).item(),
                 "test_acc": accuracy(logits_test, y_test)}
 
     sampled = [measure(sampled_network(model)) for _ in range(draws)]
@@ -557,13 +584,16 @@ def evaluate(model, x, y, x_test, y_test, draws=8):
 def weight_information(model):
     """Information in the weights of a model's stochastic layers: 0-d tensor, nats.
 
-    Tied weights count once. ValueError if there is no stochastic layer.
+    Tied weights count once. ValueError if there is no stochastic layer, or tied ones have noise
+    of their own each.
     """
     found = [(m.weight, m) for m in model.modules()  # holds the weights: no two have one id
              if hasattr(m, "log_sigma2") and hasattr(m, "information")]
     layers = {id(weight): m for weight, m in found}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no stochastic layer: see to_stochastic")
+    if any(layers[id(weight)].log_sigma2 is not m.log_sigma2 for weight, m in found):
+        raise ValueError("weights were tied after to_stochastic: call it once more")
     return sum(layer.information() for layer in layers.values())
 
 
@@ -632,10 +662,15 @@ def g(alpha):
 
     alpha: float or tensor. ValueError for alpha < 0, or nan.
     """
-    alpha = torch.as_tensor(alpha)
+    alpha = _as_tensor(alpha)
     if not (alpha >= 0).all():
         raise ValueError("alpha has to be 0 or more; is it a logarithm?")
     return -0.5 * torch.log(-torch.expm1(-alpha))
+
+
+def _as_tensor(number):
+    """A float has double precision."""
+    return number if isinstance(number, torch.Tensor) else torch.tensor(number, dtype=torch.double)
 
 
 def alpha_from_information(information, dim):
@@ -643,7 +678,7 @@ def alpha_from_information(information, dim):
 
     ValueError for dim < 1 and what is not finite.
     """
-    information = torch.as_tensor(information)
+    information = _as_tensor(information)
     if not 1 <= dim < math.inf:
         raise ValueError(f"{dim} weights hold no nats")
     _require_finite(information=information)
@@ -653,13 +688,13 @@ def alpha_from_information(information, dim):
 def layer_information_bound(dim_z, alpha):
     """Upper bound dim_z * (g(alpha) + 1) on I(z;x) + TC(z) of a layer, nats (Prop. 5.2, Cor. 5.3).
 
-    For centred, uncorrelated, non-zero inputs. alpha: float, or (dim_z,), one for each unit; that
-    of a unit i whose weights have different ones solves
+    For centred, uncorrelated, non-zero inputs. alpha: float, or (channels,) of equally many of the
+    dim_z units; that of a unit i whose weights have different ones solves
     expm1(alpha_i) = sum_j expm1(alpha_ij) w_ij^2 / sum_j w_ij^2. ValueError for one a weight.
     """
     capacity = g(alpha)
-    if capacity.dim() > 1:
-        raise ValueError(f"alpha {tuple(capacity.shape)}: one for each unit is needed")
+    if capacity.dim() > 1 or dim_z < 1 or not capacity.numel() or dim_z % capacity.numel():
+        raise ValueError(f"alpha {tuple(capacity.shape)}: one for each of {dim_z} units is needed")
     return dim_z * (capacity.mean() + 1)
 
 
@@ -673,7 +708,8 @@ def layer_information(weight, alpha, x):
     weight, x = weight.double(), x.double()
     alpha = torch.as_tensor(alpha, dtype=torch.double, device=weight.device)
     _require_finite(weight=weight, alpha=alpha, x=x)
-    if not len(x) or x.shape[1:] != weight.shape[1:] or alpha.shape not in ((), weight.shape):
+    if (weight.dim() != 2 or x.dim() != 2 or not len(x) or x.shape[1] != weight.shape[1]
+            or alpha.shape not in ((), weight.shape)):
         raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, alpha "
                          f"{tuple(alpha.shape)}: should be (n, in), (out, in) and one or (out, in)")
     if not ((alpha >= 0) & (alpha <= 700)).all():
@@ -696,11 +732,13 @@ def flat_minimum_bound(weight, trace, beta):
     Of a net at a minimum of the summed cross-entropy, with the best noise for beta, which is
     alpha_i = beta / (w_i^2 H_ii), well below 1. weight: all K means. trace: of the Hessian H there.
     As in the paper's proof; README.md says where its statement differs. ValueError unless all is
-    finite, trace and beta positive.
+    finite, trace and beta positive, and a weight not 0.
     """
     if not (0 < trace < math.inf and 0 < beta < math.inf):
         raise ValueError(f"{trace=} and {beta=} have to be positive and finite")
     _require_finite(weight=weight)
+    if not weight.any():
+        raise ValueError("all weights are 0")
     k = weight.numel()
     return 0.5 * k * (torch.log((weight.double()**2).sum() * trace) - math.log(k**2 * beta))
 
@@ -715,7 +753,7 @@ def pac_bayes_bound(loss, divergence, n, *, max_loss=math.log(10), delta=0.05, l
     divergence: KL of these weights from a prior that has not seen the samples, nats. The bound is
     the least over lambdas (> 1/2), by a union bound. ValueError for impossible values.
     """
-    if not (0 <= loss <= max_loss < math.inf and 0 <= divergence < math.inf and n >= 1
+    if not (0 <= loss <= max_loss < math.inf and 0 <= divergence < math.inf and 1 <= n < math.inf
             and 0 < delta <= 1 and all(0.5 < lam < math.inf for lam in lambdas)):
         raise ValueError(f"{loss=} must be 0 to {max_loss:g}, {divergence=} >= 0, lambdas > 1/2, "
                          f"{n=} >= 1, {delta=} in (0, 1], all finite")
@@ -726,9 +764,11 @@ def pac_bayes_bound(loss, divergence, n, *, max_loss=math.log(10), delta=0.05, l
 def label_information(logits, labels):
     """H(y) - cross-entropy, on test data a lower bound on I(z;y): 0-d tensor, nats.
 
-    logits: (n, classes), finite, else ValueError; labels: (n,), whose frequencies give H(y).
+    logits: (n, classes), finite; labels: (n,), whose frequencies give H(y). Else ValueError.
     """
     _require_finite(logits=logits)
+    if not len(labels):
+        raise ValueError("no labels")
     frequencies = torch.bincount(labels).double() / len(labels)
     return torch.special.entr(frequencies).sum() - F.cross_entropy(logits.double(), labels.long())
 
@@ -821,7 +861,7 @@ def total_correlation(z):
     of others. About d^2/(4n) too high; ValueError unless z is finite and n > d + 1.
     """
     precision = torch.finfo(z.dtype if z.is_floating_point() else torch.double).eps
-    z = z.detach().reshape(len(z), -1).double()
+    z = z.detach().reshape(len(z), math.prod(z.shape[1:])).double()
     _require_finite(z=z)
     z = z[:, (z != z[:1]).any(0)]
     if len(z) <= z.shape[1] + 1:

@@ -453,19 +453,35 @@ def test_evaluate_is_a_loop_by_hand(n, local):
         "train_acc_mean": train_acc_mean, "test_acc": test_acc_mean}, rel=1e-4)
 
 
+def test_evaluate_takes_labels_of_any_integers():
+    model, x, y = noisy_net().eval(), torch.randn(50, 5), torch.randint(3, (50,))
+    found = []
+    for labels in (y, y.int()):
+        torch.manual_seed(7)
+        found.append(evaluate(model, x, labels, x, labels, 1))
+    assert found[0] == found[1]
+
+
 def test_at_least_four_networks_are_sampled():
     assert inspect.signature(evaluate).parameters["draws"].default >= 4
     with pytest.raises(ValueError, match="draws=0"):
         evaluate(noisy_net(), *[None] * 4, draws=0)
 
 
-def test_accuracy_refuses_labels_that_would_broadcast():
+def test_accuracy_is_a_fraction_and_nan_of_nan():
     logits, labels = torch.eye(4), torch.tensor([0, 1, 2, 0])
     assert accuracy(logits, labels) == 0.75
+    assert math.isnan(accuracy(torch.full((4, 4), math.nan), labels))
+
+
+@pytest.mark.parametrize("logits, labels", [
+    (torch.eye(4), torch.arange(4)[:, None]), (torch.eye(4)[:, :, None], torch.arange(4)),
+    (torch.zeros(4, 1), torch.tensor([0, 1, 1, 1])), (torch.eye(4), torch.arange(4) - 1),
+    (torch.eye(4), torch.tensor([0.0, 0.5, 2.0, 3.0]))],
+    ids=["would broadcast", "pixels", "of one logit", "negative", "fractions"])
+def test_accuracy_refuses_what_are_no_labels_of_its_logits(logits, labels):
     with pytest.raises(ValueError, match="labels"):
-        accuracy(logits, labels[:, None])
-    with pytest.raises(ValueError, match="labels"):
-        accuracy(logits[:, :, None], labels)
+        accuracy(logits, labels)
 
 
 # === 1. Conversion: to_stochastic

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from common import (_ratio_estimates, alpha_from_information, density_ratio_information,
                     flat_minimum_bound, g, label_information, layer_information,
-                    layer_information_bound, total_correlation)
+                    layer_information_bound, pac_bayes_bound, total_correlation)
 
 torch.set_num_threads(1)
 PARTS = dict(validation=500, held_out=500)
@@ -305,14 +305,24 @@ REFUSED = {
     "infinite noise": lambda: layer_information(WEIGHT, 800.0, X),
     "no samples": lambda: layer_information(WEIGHT, 0.1, X[:0]),
     "tokens": lambda: layer_information(WEIGHT, 0.1, X.view(10, 5, 4)),
+    "weights of a convolution": lambda: layer_information(WEIGHT[:, :, None, None], 0.1,
+                                                          X[:, :, None, None]),
+    "a vector of weights": lambda: layer_information(WEIGHT[0], 0.1, X[0]),
     "an alpha for each unit": lambda: layer_information(WEIGHT, torch.full((3,), 0.1), X),
     "alpha of each weight": lambda: layer_information_bound(3, torch.full((3, 4), 0.1)),
+    "seven alphas of three units": lambda: layer_information_bound(3, torch.full((7,), 0.1)),
+    "a negative number of units": lambda: layer_information_bound(-3, 0.1),
+    "no alpha": lambda: layer_information_bound(3, torch.zeros(0)),
     "alpha nan": lambda: g(math.nan),
     "no weights": lambda: alpha_from_information(5.0, 0),
     "infinite information": lambda: alpha_from_information(-math.inf, 10),
     "a number of weights that is nan": lambda: alpha_from_information(5.0, math.nan),
     "infinite beta": lambda: flat_minimum_bound(WEIGHT, 1.0, math.inf),
     "a weight that is nan": lambda: flat_minimum_bound(WEIGHT * math.nan, 1.0, 1.0),
+    "weights that are all 0": lambda: flat_minimum_bound(0 * WEIGHT, 1.0, 1.0),
+    "no labels": lambda: label_information(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)),
+    "no samples of z": lambda: total_correlation(torch.ones(0, 3)),
+    "infinitely many samples": lambda: pac_bayes_bound(0.1, 5.0, math.inf),
     "no curvature": lambda: flat_minimum_bound(WEIGHT, 0.0, 1.0),
     "no beta": lambda: flat_minimum_bound(WEIGHT, 1.0, 0.0),
 }
@@ -327,6 +337,17 @@ def test_impossible_inputs_are_refused(what):
 def test_the_bound_is_a_sum_over_units():
     ours = layer_information_bound(2, torch.tensor([0.1, 2.0])).item()
     assert ours == pytest.approx((g(0.1) + g(2.0) + 2).item())
+
+
+def test_a_channel_has_one_alpha_at_all_its_positions():
+    alpha = torch.tensor([0.1, 2.0])
+    ours = layer_information_bound(6, alpha).item()
+    assert ours == pytest.approx(3 * layer_information_bound(2, alpha).item())
+
+
+def test_floats_have_double_precision():
+    assert g(1e-50).item() == pytest.approx(25 * math.log(10))
+    assert g(alpha_from_information(5000.0, 100)).item() == pytest.approx(50)
 
 
 def test_flat_minimum_bound_of_half_precision():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torchvision
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import common
 from common import (StochasticLinear, ib_loss, mean_network, sample_weights, sampled_network,
@@ -29,6 +29,24 @@ def test_log_sigma2_beyond_its_largest_value_can_come_back():
     beyond = torch.tensor(30.0, requires_grad=True)
     common._CappedExp.apply(beyond, 0.5).backward()
     assert beyond.grad.item() == pytest.approx(0.5 * math.exp(0.5 * common.MAX_LOG_SIGMA2))
+
+
+def test_derivatives_beyond_the_largest_log_sigma2_are_the_same_by_either_way():
+    layer = StochasticLinear(2, 2, dtype=torch.double)
+    layer.weight.data.fill_(1e5)
+    layer.log_sigma2.data.fill_(24.0)
+    slopes = [torch.autograd.grad(layer.information(), [layer.weight, layer.log_sigma2],
+                                  create_graph=twice) for twice in (False, True)]
+    torch.testing.assert_close(slopes[0], slopes[1])
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_variance_of_0_that_was_rounded_to_less_is_0(twice):
+    variance = torch.tensor([-1e-5, 0.0, 1.0], requires_grad=True)
+    y = common._GaussianNoise.apply(torch.ones(3), variance)
+    slope, = torch.autograd.grad(y.sum(), variance, create_graph=twice)
+    assert y[:2].tolist() == pytest.approx([1, 1], abs=1e-4)
+    assert slope.isfinite().all()
 
 
 @BOTH
@@ -258,6 +276,26 @@ def test_unknown_names_and_noise_are_refused():
         to_stochastic(nn.Linear(2, 2), noise="uniform")
 
 
+@pytest.mark.parametrize("skip", ["0", "0.weight"])
+@pytest.mark.parametrize("first", [nn.Linear(4, 4), nn.Embedding(4, 4)])
+def test_a_skipped_weight_is_plain_in_every_layer_that_shares_it(skip, first, recwarn):
+    model = nn.Sequential(first, nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    to_stochastic(model, skip=skip)
+    assert [type(m) for m in model[1:]] == [nn.Linear, StochasticLinear]
+    assert not [w for w in recwarn if "noise" in str(w.message)]
+
+
+def test_weights_tied_after_conversion_are_to_be_converted_again():
+    model = to_stochastic(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), log_alpha=-3.0)
+    model[1].weight = model[0].weight
+    model[1].log_alpha = 0.0
+    with pytest.raises(ValueError, match="tied"):
+        weight_information(model)
+    nats = model[0].information().item()
+    assert weight_information(to_stochastic(model)).item() == pytest.approx(nats)
+
+
 class Subclass(nn.Linear):
     pass
 
@@ -282,10 +320,14 @@ PLAIN = {  # layer: what holds its weights, how many they are
     "hooked": (lambda: torch.nn.utils.spectral_norm(nn.Linear(5, 8)), ["0.weight_orig"], 40),
     "lazy": (lambda: nn.LazyLinear(8), ["0.weight"], 0),
     "quantised": (quantised, ["0.0.weight", "0.1.weight", "0.2.weight"], 1100),
+    "quantised, recurrent": (lambda: torch.ao.nn.quantized.dynamic.GRUCell(4, 5),
+                             ["0.weight_ih", "0.weight_hh"], 135),
+    "scripted": (lambda: torch.jit.script(nn.Linear(5, 8)), ["0.weight"], 40),
+    "complex": (lambda: nn.Linear(5, 8, dtype=torch.cfloat), ["0.weight"], 40),
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*(quant|LazyModule|lazy)")
+@pytest.mark.filterwarnings("ignore:.*(quant|LazyModule|lazy|script)")
 @pytest.mark.parametrize("kind", PLAIN)
 def test_one_warning_names_the_plain_weights_and_their_share(kind):
     make, names, count = PLAIN[kind]
@@ -296,11 +338,18 @@ def test_one_warning_names_the_plain_weights_and_their_share(kind):
     assert message.endswith(": " + ", ".join(names))
 
 
-@pytest.mark.filterwarnings("ignore:.*(quant|LazyModule|lazy)")
+@pytest.mark.filterwarnings("ignore:.*(quant|LazyModule|lazy|script)")
 @pytest.mark.parametrize("kind", PLAIN)
 def test_skip_silences_the_warning(kind, recwarn):
     to_stochastic(nn.Sequential(PLAIN[kind][0](), nn.Linear(5, 20)), skip="0")
     assert not [w for w in recwarn if "skip=" in str(w.message)]
+
+
+@pytest.mark.parametrize("rename", [
+    parametrizations.weight_norm, lambda m: prune.l1_unstructured(m, "weight", amount=0.5)])
+def test_weights_with_noise_are_not_called_plain_by_another_name(rename, recwarn):
+    to_stochastic(nn.Sequential(rename(StochasticLinear(4, 3)), nn.Linear(3, 2)))
+    assert not [w for w in recwarn if "noise" in str(w.message)]
 
 
 def test_a_checkpoint_gives_the_same_net():
@@ -338,6 +387,13 @@ def test_noise_is_drawn_in_the_encoder_of_torch_in_eval():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_after_to_empty_a_plain_checkpoint_starts_with_noise_of_the_start():
+    with torch.device("meta"):
+        layer = StochasticLinear(50, 40, log_alpha=-3.0)
+    layer.to_empty(device="cpu").load_state_dict(nn.Linear(50, 40).state_dict())
+    torch.testing.assert_close(layer.log_alpha, torch.full((40, 50), -3.0))
+
+
 def test_parameters_that_are_reset_have_noise_of_the_start():
     layer = StochasticLinear(20, 30)
     layer.log_sigma2.data.fill_(2.0)
@@ -345,10 +401,12 @@ def test_parameters_that_are_reset_have_noise_of_the_start():
     torch.testing.assert_close(layer.log_alpha, torch.full((30, 20), -6.0))
 
 
-def test_a_bad_option_leaves_the_model_as_it_was():
+@pytest.mark.parametrize("option", [dict(noise="normal"), dict(log_alpha=math.nan),
+                                    dict(max_log_alpha=math.nan), dict(max_log_alpha=math.inf)])
+def test_a_bad_option_leaves_the_model_as_it_was(option):
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="normal"):
-        to_stochastic(model, noise="normal")
+    with pytest.raises(ValueError, match=next(iter(option))):
+        to_stochastic(model, **option)
     assert to_stochastic(model)[0].local
 
 
@@ -388,6 +446,15 @@ def test_frozen_weights_have_frozen_noise():
     to_stochastic(layer)
     assert not layer.log_sigma2.requires_grad
     assert to_stochastic(nn.Linear(4, 3)).log_sigma2.requires_grad
+
+
+def test_statistics_are_kept_if_new_ones_cannot_be_estimated():
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(4))
+    net[0].running_mean.fill_(7.0)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RuntimeError):  # by the second layer, when the first has new ones
+        common.recalibrate_bn(net, torch.randn(50, 3))
+    torch.testing.assert_close(net.state_dict(), before)
 
 
 def test_batch_norm_may_be_called_by_keyword():
