@@ -508,7 +508,7 @@ def param_groups(model, lr, lr_noise):
 def lr_factor(t, hold=0.8):
     """Learning-rate factor at fraction t of the steps: 10% warm-up, 1 until hold, a cosine to 0."""
     if t < hold:
-        return min(1, t / 0.1 + 0.001)
+        return min(1, max(t, 0) / 0.1 + 0.001)
     progress = (min(t, 1) - hold) / (round(1 - hold, 9) or 1)
     return 0.5 + 0.5 * math.cos(math.pi * progress)
 
@@ -521,7 +521,7 @@ def beta_at(t, beta, peak):
     """
     top = max(beta, peak)
     if t < 0.5:
-        return top * min(1, t / 0.4)
+        return top * min(1, max(t, 0) / 0.4)
     return top + (beta - top) * min(1, (t - 0.5) / 0.2)
 
 
@@ -1014,13 +1014,17 @@ def _from_torchvision(name, data_dir):
 
 
 def channel_statistics(images):
-    """Mean and standard deviation per channel of uint8 images (n, c, h, w): two (1, c, 1, 1)."""
+    """Mean and standard deviation per channel of uint8 images (n, c, h, w): two (1, c, 1, 1).
+
+    The standard deviation of a constant channel is given as 1, to divide by.
+    """
     # by the frequencies of the 256 levels: exact, and without a copy of the images as floats
     counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
     frequencies = torch.stack(counts).double() / counts[0].sum()
     levels = torch.arange(256, device=images.device).double()
     mean = frequencies @ levels
     std = (frequencies @ levels**2 - mean**2).sqrt()
+    std[std == 0] = 1
     return mean.view(1, -1, 1, 1).float(), std.view(1, -1, 1, 1).float()
 
 
@@ -1040,8 +1044,8 @@ def load_images(dataset, data_dir, n_train, n_test):
 
 def draw_subset(x, y, n, generator):
     """n of the pairs (x, y), drawn without repetition. DataError if there are fewer."""
-    if not 0 <= n <= len(x):
-        raise DataError(f"{n} images are needed, the data set has {len(x)}")
+    if not 0 <= n <= len(x) == len(y):
+        raise DataError(f"{n} images are needed, the data set has {len(x)}, and {len(y)} labels")
     index = torch.randperm(len(x), generator=generator, device=generator.device)[:n].to(x.device)
     return x[index], y[index]
 
@@ -1061,15 +1065,19 @@ def normalise(images, mean, std, size):
 def corrupt_labels(labels, fraction, num_classes, generator, kind="uniform"):
     """A copy of labels (n,) with exactly round(fraction*n) of them, at random, corrupted.
 
-    kind: "uniform", resampled over all classes, or "pair", the next class. ValueError for others.
+    kind: "uniform", resampled over all classes, or "pair", the next class. ValueError for others,
+    and for labels that are not one integer each.
     """
+    if labels.dim() != 1 or num_classes - 1 > torch.iinfo(labels.dtype).max:
+        raise ValueError(f"labels {labels.dtype} {tuple(labels.shape)} should be integers (n,), "
+                         f"which can be {num_classes - 1}")
     if not 0 <= fraction <= 1 or kind not in ("uniform", "pair"):
         raise ValueError(f"fraction={fraction} must be from 0 to 1, kind={kind!r} uniform or pair")
     device, count = generator.device, round(fraction * len(labels))
     index = torch.randperm(len(labels), generator=generator, device=device)[:count]
     index, corrupted = index.to(labels.device), labels.clone()
     if kind == "pair":
-        new = (labels[index] + 1) % num_classes
+        new = (labels[index].long() + 1) % num_classes
     else:
         new = torch.randint(num_classes, (count,), generator=generator, device=device)
     corrupted[index] = new.to(labels)
@@ -1135,6 +1143,8 @@ def _paint(canvas, colour, distance, shown=1):
 
 def _draw_in_chunks(draw, n, seed):
     """uint8 images and labels of draw(rng, count) -> (images from 0 to 1, labels), part by part."""
+    if n < 1:
+        raise ValueError(f"{n} images cannot be drawn")
     rng = torch.Generator().manual_seed(seed)
     parts = [draw(rng, min(250, n - start)) for start in range(0, n, 250)]
     images, labels = (torch.cat(part) for part in zip(*parts))
@@ -1256,6 +1266,7 @@ def _user_errors():
         raise SystemExit(130) from None
 
 
+@_user_errors()
 def parse_args(doc, datasets, seeds):
     """The command line that all scripts share: a namespace of its options, device and figure.
 
@@ -1274,7 +1285,10 @@ def parse_args(doc, datasets, seeds):
         return int(part), int(parts)
 
     def folder(text):
-        return Path(text).expanduser()  # which shells do not in --out=~/x
+        try:
+            return Path(text).expanduser()  # which shells do not in --out=~/x
+        except RuntimeError as error:  # no such home
+            raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=layout, allow_abbrev=False)
@@ -1340,7 +1354,7 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
         grid = [_through_json(cell) for cell in cells]
         cells = [cell | {"seed": seed} for seed in args.seeds for cell in grid
                  if cell.get("seed", seed) == seed]
-        settings = _through_json(settings or {})
+        settings = _through_json(dict(settings or {}))
     except Exception as error:
         raise OSError(f"a cell or setting that a row cannot hold: {error}") from None
     on_cpu = args.device.type == "cpu"
@@ -1368,8 +1382,11 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
     def counted(rows):  # of rows that stand twice, one
         return {key(row): row for row in rows if counts(row)}
 
+    def missing(rows):
+        return [cell for cell in cells if key(cell) not in rows]
+
     rows = counted(found)
-    todo = [cell for cell in cells if key(cell) not in rows]
+    todo = missing(rows)
     print(f"{args.figure}: device {head['device']}, scale {args.scale}, data {args.dataset}, "
           f"{len(cells)} cells, {len(cells) - len(todo)} done, commit {head['git']}")
     if others := sum(not counts(row) for row in found):
@@ -1383,7 +1400,8 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
         print("redrawing; to train again, add --out elsewhere" if rows else "no rows", flush=True)
     else:
         try:
-            failed = _train(todo, train_cell, args, head, prepare)
+            failed = _train(lambda: missing(counted(read_rows(args))), train_cell, args, head,
+                            prepare)
         except KeyboardInterrupt:
             print(f"\nstopped: {args.out} has the finished cells, the same command goes on",
                   file=sys.stderr)
@@ -1410,8 +1428,13 @@ def _through_json(value):
     def refuse(constant):
         raise FloatingPointError(f"{constant} in {value}")
 
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):  # 1 and "1" are
+            raise ValueError(f"two keys that are one in JSON, in {value}")
+        return dict(pairs)
+
     text = json.dumps(value, default=lambda number: number.tolist())
-    return json.loads(text, parse_constant=refuse)
+    return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
 
 
 def _hashable(value):
@@ -1421,17 +1444,20 @@ def _hashable(value):
     return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _train(todo, train_cell, args, head, prepare):
-    """Append a row for every cell that is trained; return how many failed."""
+def _train(missing, train_cell, args, head, prepare):
+    """Train the missing() cells, append a row for each; return how many failed."""
     part, parts = args.shard
     shard = f".{part}-of-{parts}" if parts > 1 else ""
     path = args.out / f"{args.figure}-{args.scale}{shard}.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
     prepare(args)
     started, failed = time.monotonic(), 0
-    finished = _finished_cells(todo, train_cell, args)
-    with open(path, "a") as file, contextlib.closing(finished):
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "a"))
         _lock(file)
+        todo = missing()  # now that no other run adds rows to this file
+        finished = _finished_cells(todo, train_cell, args)
+        stack.enter_context(contextlib.closing(finished))
         if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
             print(file=file)  # ends a line that a crash left unfinished
         for count, (cell, result, seconds) in enumerate(finished, 1):
@@ -1481,7 +1507,8 @@ def read_rows(args):
             try:
                 row = json.loads(line)
                 kind = row["figure"], row["scale"], type(row["seed"]), type(row["settings"])
-                if kind != wanted or row["status"] not in ("ok", "diverged"):
+                names = all(isinstance(name, str) for name in row.get("keys", ()))
+                if kind != wanted or row["status"] not in ("ok", "diverged") or not names:
                     raise ValueError
                 if row["dataset"] == args.dataset:
                     rows.append(row)
@@ -1535,12 +1562,13 @@ def _run_cell(train_cell, cell, args):
 
     started = time.monotonic()
     try:
-        result = _through_json({**train_cell(cell, args.device, args, progress)})
+        own = copy.deepcopy(cell)  # which train_cell may change
+        result = _through_json({**train_cell(own, args.device, args, progress)})
     except FloatingPointError:
         result = {"status": "diverged"}
     except (Exception, SystemExit) as error:
         ours = isinstance(error, OSError) and error.errno is None  # of the data: a line will do
-        result = str(error) if ours else traceback.format_exc()
+        result = ours and str(error) or traceback.format_exc()
     return cell, result, time.monotonic() - started
 
 
@@ -1565,7 +1593,7 @@ def _set_up_worker(train_cell):
 def training_code(train_cell, prepare=None):
     """A hash of the code of train_cell and of all that it calls in this project: str.
 
-    It changes with the numbers and strings that they name, and not with comments, docstrings and
+    It changes with the numbers, strings, tuples and lists that they name, and not with comments, docstrings and
     layout, nor with prepare, which loads the data.
     """
     texts, todo = {}, [train_cell]
@@ -1590,7 +1618,7 @@ def training_code(train_cell, prepare=None):
         for node in ast.walk(tree):  # what it names: f, a dict of functions, module.f
             if isinstance(node, ast.Name):
                 named = scope.get(node.id)
-                if isinstance(named, (int, float, str)) and not node.id.startswith("__"):
+                if isinstance(named, (int, float, str, tuple, list)) and not node.id.startswith("__"):
                     texts[thing.__module__, node.id] = f"{node.id}={named!r}"
                 todo += named.values() if isinstance(named, dict) else [named]
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -1799,15 +1827,15 @@ def save_tables(args, **tables):
             text += f"{title.replace('_', ' ')}:\n\n{_markdown(table)}\n"
     print("\n" + text, end="")
     (args.out / f"{stem}.md").write_text(text, encoding="utf-8")
-    page, claims = args.out / "README.md", tables.get("claims")
-    if page.exists() and claims:
+    page, claims = args.out / "README.md", tables.get("claims", [])
+    if page.exists() and (claims or unmeasured):
         verdicts = [row["holds"] for row in claims]
         summary = (f"Claims: {verdicts.count('yes')} hold, {verdicts.count('NO')} fail, "
                    f"{verdicts.count('undecided')} undecided, {unmeasured} not measured yet "
                    f"([all, and every cell]({stem}.md)).\n")
         block = re.compile(f"(<!-- {re.escape(stem)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
         shown = sorted(claims, key=lambda row: row["holds"] != "NO")[:6]
-        new = f"\n{summary}\n{_markdown(shown)}\n"
+        new = f"\n{summary}\n{_markdown(shown)}\n" if shown else f"\n{summary}\n"
         encoding = {"encoding": "utf-8", "errors": "surrogateescape"}  # of any page
         old = page.read_text(**encoding)
         changed = block.sub(lambda match: match[1] + new, old)

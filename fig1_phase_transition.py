@@ -165,12 +165,15 @@ def overfitting(rows):
 
 
 def at_accuracy(rows, level, key="beta"):
-    """The value of key where train accuracy falls through level as beta grows, or nan."""
+    """The value of key where train accuracy falls through level as beta grows, or nan.
+
+    nan of two beta, as they do not tell where.
+    """
     accuracies = summarise(rows, "beta", "train_acc")
     values = summarise(rows, "beta", key)
     points = [(value[1], accuracy[1]) for value, accuracy in zip(values, accuracies)]
     # linear in the logarithm of the value: while accuracy falls, beta and nats span decades
-    return crossing(points, level)
+    return crossing(points, level) if len(points) > 2 else math.nan
 
 
 def fall_factor(rows):
@@ -346,7 +349,7 @@ def claims(random, real):
     at_equal_fit = partial(exponents, from_1000, at_accuracy, key="information")
     edge = by_size(random, at_accuracy, level=MEMORISED)
     edges = [values.mean() for values in edge.values() if np.isfinite(values).all()]
-    spread = [max(edges) / min(edges)] if len(edges) > 1 else []
+    spread = [max(edges) / min(edges)] if len(edges) > 2 else []
     return [
         check("random labels, β = 0.1: memorised (train accuracy at least 90%)", "yes",
               by_size(random_01, mean_of, key="train_acc"), (0.9, 1)),

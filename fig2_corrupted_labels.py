@@ -338,8 +338,8 @@ def model_claims(rows, betas_of):
     for model, betas in betas_of.items():
         own = ok_rows(rows, model=model)
         if betas:
-            at_low[model] = [row["error"] for row in ok_rows(own, beta=betas[0])]
-            at_high[model] = [row["error"] for row in ok_rows(own, beta=betas[-1])]
+            at_low[model] = [row["error"] for row in ok_rows(own, beta=min(betas))]
+            at_high[model] = [row["error"] for row in ok_rows(own, beta=max(betas))]
         if len(betas) > 2:  # two points do not tell where a curve falls
             edge[model] = per_seed(transition, own)
     paper_edge = in_paper(edge_of_errors, "{:.2g}")

@@ -365,6 +365,8 @@ def claims(width, beta, grid):
     for decay in grid["decays"]:
         cells = [{"weight_decay": decay, "width": w} for w in grid["widths"]]
         table += width_claims(complete_seeds(width, cells), decay)
+    if not betas:
+        return table
     for cap in grid["caps"]:
         cells = [{"max_log_alpha": cap, "beta": b} for b in betas]
         by_cap[cap] = complete_seeds(beta, cells)

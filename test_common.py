@@ -634,9 +634,9 @@ def test_noise_has_a_rate_of_its_own_and_no_weight_decay():
     assert (rest["lr"], noise["lr"], noise["weight_decay"]) == (0.1, 0.5, 0)
 
 
-@pytest.mark.parametrize("t, hold, factor", [(0, 0.8, 0.001), (0.05, 0.8, 0.501), (0.1, 0.8, 1),
-                                             (0.79, 0.8, 1), (0.9, 0.8, 0.5), (0.8, 0.6, 0.5),
-                                             (1, 0.8, 0), (1, 1, 1), (1.2, 0.8, 0)])
+@pytest.mark.parametrize("t, hold, factor", [
+    (-1, 0.8, 0.001), (0, 0.8, 0.001), (0.05, 0.8, 0.501), (0.1, 0.8, 1), (0.79, 0.8, 1),
+    (0.9, 0.8, 0.5), (0.8, 0.6, 0.5), (1, 0.8, 0), (1, 1, 1), (1.2, 0.8, 0)])
 def test_learning_rate_warms_up_holds_and_falls(t, hold, factor):
     assert lr_factor(t, hold) == pytest.approx(factor, abs=1e-9)
 

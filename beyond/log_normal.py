@@ -60,8 +60,9 @@ def train_cell(cell, device, args, progress):
 
 
 def transition(rows):
-    """The beta at which train accuracy falls through 55%; nan if it does not."""
-    return crossing(summarise(rows, "beta", "train_acc"), MEMORISED)
+    """The beta at which train accuracy falls through 55%; nan if it does not, or of two beta."""
+    points = summarise(rows, "beta", "train_acc")
+    return crossing(points, MEMORISED) if len(points) > 2 else math.nan
 
 
 def transition_ratio(rows, cap, higher):
@@ -80,9 +81,9 @@ def uncounted(rows):
 
 def claims(rows, grid):
     """rows: of complete seeds."""
-    low, *higher = grid["caps"]
+    low, *higher = caps = sorted(grid["caps"])
     ratios, excess = {}, {}
-    for cap, next_cap in zip(grid["caps"], higher):
+    for cap, next_cap in zip(caps, higher):
         ratio = partial(transition_ratio, cap=cap, higher=next_cap)
         ratios[f"cap {cap:g} to {next_cap:g}"] = per_seed(ratio, rows)
     for cap in higher:

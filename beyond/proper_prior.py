@@ -262,7 +262,7 @@ def plot(rows, args):
     panels = []
     for prior, key, title in PANELS:
         own = ok_rows(rows, prior=prior)
-        if own:
+        if any(row.get(key, 0) > 0 for row in own):  # some net has memorised
             panels.append(partial(r_panel, rows=own, key=key, title=title))
     title = f"Nets of Fig. 1 on random labels, {args.dataset}, scale {args.scale}"
     save_panels(panels, title, args, columns=2)

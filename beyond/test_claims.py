@@ -66,6 +66,7 @@ BASE = dict(attribute_nats=4.0, pixels=10.0, noise=[dict(attribute_nats=2.0, pix
 QUANTITIES = {
     "fig1: beta at an accuracy": (lambda: fig1.at_accuracy(FALLING, 0.3), 10**0.5),
     "fig1: beta at an accuracy on a step": (lambda: fig1.at_accuracy(FALLING, 0.5), 1.0),
+    "fig1: beta at an accuracy, of two": (lambda: fig1.at_accuracy(FALLING[:2], 0.7), math.nan),
     "fig1: beta at an accuracy not reached": (lambda: fig1.at_accuracy(FALLING, 0.05), math.nan),
     "fig1: information at an accuracy": (
         lambda: fig1.at_accuracy(FALLING, 0.7, "information"), 10**1.5),

@@ -179,11 +179,41 @@ def test_subsets_are_drawn_without_repetition():
         draw_subset(x, y, 51, torch.Generator())
     with pytest.raises(DataError, match="-1"):
         draw_subset(x, y, -1, torch.Generator())
+    with pytest.raises(DataError, match="labels"):
+        draw_subset(x, y[1:], 1, torch.Generator())
 
 
 def test_images_smaller_than_their_crop_are_refused():
     with pytest.raises(ValueError, match="smaller than 28 x 28"):
         common.normalise(torch.zeros(2, 1, 20, 40, dtype=torch.uint8), 0.0, 1.0, 28)
+
+
+def test_a_constant_channel_becomes_0():
+    images = torch.randint(256, (9, 4, 8, 8), dtype=torch.uint8)
+    images[:, 3] = 255  # opaque
+    x = common.normalise(images, *common.channel_statistics(images), 8)
+    assert x[:, 3].eq(0).all()
+    torch.testing.assert_close(x[:, :3].std((0, 2, 3)), torch.ones(3), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("make", [common.synthetic_objects, common.synthetic_digits,
+                                  common.synthetic_faces])
+def test_no_images_cannot_be_drawn(make):
+    with pytest.raises(ValueError, match="0 images"):
+        make(0)
+
+
+@pytest.mark.parametrize("labels, classes", [(torch.eye(3).long(), 3),
+                                             (torch.zeros(3, dtype=torch.int8), 200)])
+def test_labels_that_cannot_hold_the_classes_are_refused(labels, classes):
+    with pytest.raises(ValueError, match="labels"):
+        common.corrupt_labels(labels, 1.0, classes, torch.Generator())
+
+
+def test_the_next_class_of_256():
+    labels = torch.tensor([0, 255], dtype=torch.uint8)
+    ours = common.corrupt_labels(labels, 1.0, 256, torch.Generator(), "pair")
+    assert ours.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("fraction, kind", [(1.5, "uniform"), (-0.1, "uniform"), (0.5, "flip")])

@@ -64,6 +64,11 @@ def train_well(*arguments):
     return {"value": 1.0}
 
 
+def train_and_spoil(cell, device, args, progress):
+    cell["beta"] *= 2
+    return {"value": 1.0}
+
+
 RESULTS = {
     "numpy": {"a": np.float32(0.5), "b": [np.int64(3)], "c": np.arange(2), "d": np.bool_(True)},
     "torch": {"a": torch.tensor(0.5), "b": [torch.tensor(3)], "c": torch.arange(2), "d": True},
@@ -250,12 +255,13 @@ def test_lines_that_are_no_rows_are_named(grid):
     grid.run(*betas(1))
     row = grid.rows()[0]
     damaged = [row | {"figure": "fig9"}, row | {"seed": "0"}, row | {"settings": 3},
-               row | {"status": "fine"}, {"beta": 1}, [1], 7]
+               row | {"status": "fine"}, row | {"keys": None}, row | {"keys": [["a"]]},
+               {"beta": 1}, [1], 7]
     lines = [json.dumps(row), *map(json.dumps, damaged), "{"]  # the last line is torn
     grid.path.write_text("\n".join(lines))
     result = grid.run(*betas(1, 2))
     assert "2 cells, 1 done" in result.out
-    assert re.findall(r"line (\d+)", result.err)[:8] == [str(number) for number in range(2, 10)]
+    assert re.findall(r"line (\d+)", result.err)[:10] == [str(number) for number in range(2, 12)]
     assert json.loads(grid.path.read_text().splitlines()[-1])["beta"] == 2
 
 
@@ -294,6 +300,16 @@ def test_tables_are_put_into_the_page(grid):
              "([all, and every cell](toy-demo.md)).")
     assert page.read_text() == (f"before\n<!-- toy-demo -->\n\n{count}\n\n{claims}\n\n"
                                 "<!-- end -->\nafter <!-- end -->\n")
+
+
+def test_claims_that_are_no_longer_made_leave_the_page(grid):
+    grid.out.mkdir()
+    page = grid.out / "README.md"
+    page.write_text("<!-- toy-demo -->\nClaims: 1 hold\n| c |\n<!-- end -->\n")
+    save_tables(SimpleNamespace(out=grid.out, figure="toy", scale="demo"), claims=[None, None])
+    assert page.read_text() == ("<!-- toy-demo -->\n\nClaims: 0 hold, 0 fail, 0 undecided, 2 not "
+                                "measured yet ([all, and every cell](toy-demo.md)).\n\n"
+                                "<!-- end -->\n")
 
 
 def test_claims_that_fail_stand_first_on_the_page(tmp_path):
@@ -346,7 +362,8 @@ def test_rows_are_found_and_grouped_by_tuples(grid):
     assert common.complete_seeds(rows, [{"widths": (1, 2)}, {"widths": (3,)}]) == rows
 
 
-@pytest.mark.parametrize("value", [{1, 2}, math.nan, [math.inf], common, {"a": 1j}])
+@pytest.mark.parametrize("value", [{1, 2}, math.nan, [math.inf], common, {"a": 1j},
+                                   {1: 2, "1": 3}])
 def test_a_cell_that_cannot_be_stored_is_refused_before(grid, value):
     result = grid.run({"width": 1}, {"width": value})
     assert result.status == 2
@@ -374,6 +391,31 @@ def test_a_failing_cell_is_reported_and_the_others_go_on(grid, what, error):
     assert f"'do': '{what}'" in result.err
     assert re.search(f"Traceback(.|\n)*({error})", result.err)
     assert [row["do"] for row in grid.rows()] == ["no"]
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_cell_that_train_cell_changes_is_stored_as_it_was(grid, jobs):
+    grid.run(*betas(1, 2), arguments=["--jobs", jobs], train=train_and_spoil)
+    assert sorted(row["beta"] for row in grid.rows()) == [1, 2]
+    assert "2 done" in grid.run(*betas(1, 2), train=train_and_spoil).out
+
+
+def test_a_failure_without_a_message_has_its_traceback(grid):
+    def train(*arguments):
+        raise TimeoutError
+
+    assert "Traceback" in grid.run(*betas(1), train=train).err
+
+
+def test_cells_that_another_run_finished_meanwhile_are_not_trained_again(grid):
+    def prepare(args):  # the other run ends while this one loads its data
+        grid.path.write_text(text)
+
+    grid.run(*betas(1, 2))
+    text = grid.path.read_text()
+    grid.path.unlink()
+    assert grid.run(*betas(1, 2, 3), prepare=prepare).status == 0
+    assert [row["beta"] for row in grid.rows()] == [1, 2, 3]
 
 
 def test_a_failed_cell_is_tried_again(grid):
@@ -442,7 +484,7 @@ def test_what_cannot_be_sent_to_workers_is_said(grid):
 @pytest.mark.parametrize("arguments", [
     "--gpu x", "--gpu -1", "--gpu 0,1", "--jobs 0", "--jobs two", "--shard 3/2", "--shard 1",
     "--shard a/b", "--shard 1/0", "--seeds -1", "--seeds one", "--seeds 99999999999999999999",
-    "--scale huge", "--dataset imagenet", "--nonsense"])
+    "--scale huge", "--dataset imagenet", "--out ~nobody-of-this-name/x", "--nonsense"])
 def test_bad_values_are_one_line_that_names_them(grid, arguments):
     result = grid.run(*betas(1), arguments=arguments.split())
     assert result.status == 2

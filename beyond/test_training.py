@@ -380,6 +380,8 @@ def test_training_code_is_told_of_scripts_in_another_folder(tmp_path):
 def test_training_code_has_the_constants_that_it_names(tmp_path):
     text = "HOLD = 0.6\n" + FIG1_TEXT.replace('s["hold"]', "HOLD")
     assert code_of(tmp_path, text) != code_of(tmp_path, text.replace("HOLD = 0.6", "HOLD = 0.7"))
+    text = text.replace("HOLD)", "HOLD[1])").replace("HOLD = 0.6", "HOLD = (0.5, 0.6)")
+    assert code_of(tmp_path, text) != code_of(tmp_path, text.replace("(0.5, 0.6)", "(0.5, 0.7)"))
 
 
 class Trainer:
