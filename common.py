@@ -1566,7 +1566,9 @@ def _run_cell(train_cell, cell, args):
         result = _through_json({**train_cell(own, args.device, args, progress)})
     except FloatingPointError:
         result = {"status": "diverged"}
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # as SystemExit is
         ours = isinstance(error, OSError) and error.errno is None  # of the data: a line will do
         result = ours and str(error) or traceback.format_exc()
     return cell, result, time.monotonic() - started

@@ -49,6 +49,8 @@ def train_toy(cell, device, args, progress):
         raise ZeroDivisionError("a fault in the cell")
     if what == "raise unpicklable":
         raise Unpicklable("a fault", "that does not pickle")
+    if what == "raise its own":
+        raise type("Stop", (BaseException,), {})("a fault of its own")
     if what == "exit":
         sys.exit("gives up")
     if what == "open":
@@ -381,7 +383,7 @@ def test_settings_that_cannot_be_stored_are_refused_before(grid):
 
 FAULTS = {"raise": "ZeroDivisionError: a fault in the cell", "raise unpicklable": "Unpicklable",
           "exit": "gives up", "open": "FileNotFoundError.*no such checkpoint",
-          "set": "TypeError|AttributeError"}
+          "raise its own": "Stop: a fault of its own", "set": "TypeError|AttributeError"}
 
 
 @pytest.mark.parametrize("what, error", FAULTS.items())
