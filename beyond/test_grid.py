@@ -622,7 +622,7 @@ class Toy:
         return [json.loads(line) for line in lines if line.endswith("}")]
 
     def wait_for_rows(self, count):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not self.path.exists() or self.path.read_bytes().count(b"\n") < count:
             assert time.monotonic() < deadline
             time.sleep(0.02)
