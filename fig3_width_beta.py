@@ -312,11 +312,23 @@ def information_panel(ax, rows):
     ax.legend()
 
 
+def whole_curves(rows, betas):
+    """The rows of those caps of which every beta is there: of half a curve, who knows the least."""
+    whole = []
+    for own in group_by(rows, "cap").values():
+        if {row["beta"] for row in own}.issuperset(betas):
+            whole += own
+    return whole
+
+
 def plot(width, beta, args):
     panels = [partial(width_panel, rows=width)] if width else []
     if beta:
-        for panel in (beta_panel, ratio_panel, information_panel):
-            panels.append(partial(panel, rows=beta))
+        panels.append(partial(beta_panel, rows=beta))
+    if whole := whole_curves(beta, GRID[args.scale]["betas"]):
+        panels.append(partial(ratio_panel, rows=whole))
+    if beta:
+        panels.append(partial(information_panel, rows=beta))
     title = f"Fig. 3: All-CNN, {SETTINGS[args.scale]['n']:,} images, {args.dataset}, scale "
     save_panels(panels, title + args.scale, args, columns=2)
 
@@ -359,24 +371,8 @@ def best_beta_claims(rows):
     ]
 
 
-def claims(width, beta, grid):
-    """The paper's claims, of complete seeds; thresholds were set before these rows were trained."""
-    betas, table, by_cap = grid["betas"], [], {}
-    for decay in grid["decays"]:
-        cells = [{"weight_decay": decay, "width": w} for w in grid["widths"]]
-        table += width_claims(complete_seeds(width, cells), decay)
-    if not betas:
-        return table
-    for cap in grid["caps"]:
-        cells = [{"max_log_alpha": cap, "beta": b} for b in betas]
-        by_cap[cap] = complete_seeds(beta, cells)
-    main = by_cap.get(MAIN_CAP, [])
-    if len(betas) < 4:  # a demo's few steps show a U, no more
-        return table + [u_claim(main, MAIN_CAP, betas)]
-
-    for kind in KINDS:
-        table.append(u_claim(main, MAIN_CAP, betas, kind))
-    table += [mild_claim(main, MAIN_CAP, betas), *best_beta_claims(main)]
+def other_cap_claims(by_cap, betas):
+    table, main = [], by_cap[MAIN_CAP]
     for cap, rows in by_cap.items():
         if cap != MAIN_CAP:
             table += [u_claim(rows, cap, betas), mild_claim(rows, cap, betas)]
@@ -385,6 +381,29 @@ def claims(width, beta, grid):
         table.append(check("nats do not tell which cap is better: the least error is lower under "
                            f"{cap_name(MAIN_CAP)} than without", "–", {"": gain}, (0, math.inf),
                            "{:.1f}"))
+    return table
+
+
+def claims(width, beta, grid):
+    """The paper's claims, the main ones first, of complete seeds; thresholds were set before these
+    rows were trained.
+    """
+    betas, by_cap, table = grid["betas"], {MAIN_CAP: []}, []
+    for cap in grid["caps"]:
+        cells = [{"max_log_alpha": cap, "beta": b} for b in betas]
+        by_cap[cap] = complete_seeds(beta, cells)
+    main = by_cap[MAIN_CAP]
+    if betas:
+        table.append(u_claim(main, MAIN_CAP, betas))
+    if len(betas) > 3:  # a demo's few steps show a U, no more
+        table.append(mild_claim(main, MAIN_CAP, betas))
+    for decay in grid["decays"]:
+        cells = [{"weight_decay": decay, "width": w} for w in grid["widths"]]
+        table += width_claims(complete_seeds(width, cells), decay)
+    if len(betas) > 3:
+        for kind in ("_sampled", "_average"):
+            table.append(u_claim(main, MAIN_CAP, betas, kind))
+        table += best_beta_claims(main) + other_cap_claims(by_cap, betas)
     return table
 
 
