@@ -662,15 +662,10 @@ def g(alpha):
 
     alpha: float or tensor. ValueError for alpha < 0, or nan.
     """
-    alpha = _as_tensor(alpha)
+    alpha = torch.as_tensor(alpha)
     if not (alpha >= 0).all():
         raise ValueError("alpha has to be 0 or more; is it a logarithm?")
     return -0.5 * torch.log(-torch.expm1(-alpha))
-
-
-def _as_tensor(number):
-    """A float has double precision."""
-    return number if isinstance(number, torch.Tensor) else torch.tensor(number, dtype=torch.double)
 
 
 def alpha_from_information(information, dim):
@@ -678,7 +673,7 @@ def alpha_from_information(information, dim):
 
     ValueError for dim < 1 and what is not finite.
     """
-    information = _as_tensor(information)
+    information = torch.as_tensor(information)
     if not 1 <= dim < math.inf:
         raise ValueError(f"{dim} weights hold no nats")
     _require_finite(information=information)
