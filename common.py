@@ -214,13 +214,13 @@ class _StochasticWeight:
 
     def _make_plain(self):
         """Be the plain layer again, in place, with the present weights."""
-        plain = {noisy.forward: layer for layer, noisy in STOCHASTIC.items()}
-        if type(self).forward not in plain or "weight" not in self._parameters:
+        own_forward = type(self).forward is not _StochasticWeight.forward
+        if own_forward or "weight" not in self._parameters:
             raise TypeError(f"{type(self).__name__} has a forward or a weight of its own, as no "
                             "plain layer has: remove its parametrisations, or use its base class")
         for name in ("log_sigma2", "noise", "local", "max_log_alpha", "_initial_log_alpha"):
             delattr(self, name)
-        self.__class__ = plain[type(self).forward]
+        self.__class__ = next(plain for plain in STOCHASTIC if isinstance(self, plain))
 
     @property
     def log_alpha(self):
@@ -258,14 +258,15 @@ class _StochasticWeight:
         """One draw of the weights from q(w|D): a tensor like weight."""
         return draw_weight(self.weight, self._capped_log_sigma2(), self.noise)
 
-    def _apply_noisy(self, linear, x):
-        """linear(x, weight, bias), the layer's own map, with noise on the weights if it is on."""
+    def forward(self, input):
+        """The layer's own linear map, with noise on the weights if it is on."""
+        linear = F.linear if isinstance(self, nn.Linear) else self._conv_forward
         if not (self.training if self.sampling is None else self.sampling):
-            return linear(x, self.weight, self.bias)
+            return linear(input, self.weight, self.bias)
         if self.local:
             log_sigma2 = self._capped_log_sigma2()
-            return draw_outputs(linear, x, self.weight, self.bias, log_sigma2, self.noise)
-        return linear(x, self.sample_weight(), self.bias)
+            return draw_outputs(linear, input, self.weight, self.bias, log_sigma2, self.noise)
+        return linear(input, self.sample_weight(), self.bias)
 
     def __getstate__(self):
         """Copies and pickles made within sample_weights() start clean."""
@@ -309,15 +310,9 @@ class StochasticLinear(_StochasticWeight, nn.Linear):
     in sampled_network: skip it. ValueError: unknown noise.
     """
 
-    def forward(self, input):
-        return self._apply_noisy(F.linear, input)
-
 
 class StochasticConv1d(_StochasticWeight, nn.Conv1d):
     """nn.Conv1d with the options of StochasticLinear, local=False by default."""
-
-    def forward(self, input):
-        return self._apply_noisy(self._conv_forward, input)
 
 
 class StochasticConv2d(_StochasticWeight, nn.Conv2d):
@@ -326,15 +321,9 @@ class StochasticConv2d(_StochasticWeight, nn.Conv2d):
     local=True costs a second convolution and takes the noise at all positions as independent.
     """
 
-    def forward(self, input):
-        return self._apply_noisy(self._conv_forward, input)
-
 
 class StochasticConv3d(_StochasticWeight, nn.Conv3d):
     """nn.Conv3d with the options of StochasticLinear, local=False by default."""
-
-    def forward(self, input):
-        return self._apply_noisy(self._conv_forward, input)
 
 
 STOCHASTIC = {nn.Linear: StochasticLinear, nn.Conv1d: StochasticConv1d,
@@ -437,12 +426,10 @@ def _plain_copy(model, draw):
         if "forward" in vars(module):  # compiled, or wrapped: it would run the original
             raise TypeError(f"module {name!r} has a forward of its own, set on the object: copies "
                             "would share it; use model.compile(), or set it after copying")
-    layers = [m for m in net.modules() if isinstance(m, _StochasticWeight)]
-    for layer in layers:
+    for layer in [m for m in net.modules() if isinstance(m, _StochasticWeight)]:
         if draw and layer.weight not in drawn:
             layer.weight.copy_(layer.sample_weight())
         drawn.add(layer.weight)
-    for layer in layers:
         layer._make_plain()
     return net
 
@@ -460,7 +447,7 @@ def recalibrate_bn(net, x):
     layers = {m: m.momentum for m in net.modules()
               if isinstance(m, nn.modules.batchnorm._BatchNorm)
               and m.running_mean is not None and (m.training or not net.training)}
-    seen, before = dict.fromkeys(layers, 0), {m: copy.deepcopy(m._buffers) for m in layers}
+    seen, before = dict.fromkeys(layers, 0), {m: copy.deepcopy(m.state_dict()) for m in layers}
 
     def weigh(layer, args, kwargs):  # every part counts by its number of samples
         inputs, *_ = (*args, *kwargs.values())
@@ -478,9 +465,8 @@ def recalibrate_bn(net, x):
         for part in range(parts):  # interleaved, as rows may be sorted by class; none is small
             net(x[part::parts])
     except BaseException:  # the statistics are those of some parts, or none
-        for layer, buffers in before.items():
-            for name, value in buffers.items():
-                layer.get_buffer(name).copy_(value)
+        for layer, state in before.items():
+            layer.load_state_dict(state)
         raise
     finally:
         for hook in hooks:
@@ -566,17 +552,15 @@ def evaluate(model, x, y, x_test, y_test, draws=8):
     def measure(net):
         recalibrate_bn(net, x).eval()
         logits, logits_test = predict(net, x), predict(net, x_test)
-        return {"train_acc": accuracy(logits, y),
-                "cross_entropy": F.cross_entropy(logits, y.long()).item(),
-                "test_acc": accuracy(logits_test, y_test)}
+        nats = F.cross_entropy(logits, y.long()).item()
+        return accuracy(logits, y), nats, accuracy(logits_test, y_test)
 
-    sampled = [measure(sampled_network(model)) for _ in range(draws)]
-    train_acc, cross_entropy, test_acc = (
-        float(np.mean([net[key] for net in sampled]))
-        for key in ("train_acc", "cross_entropy", "test_acc"))
-    mean = measure(mean_network(model))
-    return {"train_acc": train_acc, "cross_entropy": cross_entropy, "test_acc_sampled": test_acc,
-            "train_acc_mean": mean["train_acc"], "test_acc": mean["test_acc"]}
+    sampled = zip(*[measure(sampled_network(model)) for _ in range(draws)])
+    train_acc, cross_entropy, test_acc_sampled = (float(np.mean(values)) for values in sampled)
+    train_acc_mean, _, test_acc = measure(mean_network(model))
+    return {"train_acc": train_acc, "cross_entropy": cross_entropy,
+            "test_acc_sampled": test_acc_sampled, "train_acc_mean": train_acc_mean,
+            "test_acc": test_acc}
 
 
 # === 2. Weight-IB loss ====================================
@@ -1590,8 +1574,8 @@ def _set_up_worker(train_cell):
 def training_code(train_cell, prepare=None):
     """A hash of the code of train_cell and of all that it calls in this project: str.
 
-    It changes with the numbers, strings, tuples and lists that they name, and not with comments, docstrings and
-    layout, nor with prepare, which loads the data.
+    It changes with the numbers, strings, tuples and lists that they name, and not with comments,
+    docstrings and layout, nor with prepare, which loads the data.
     """
     texts, todo = {}, [train_cell]
     here = {Path(globals().get("__file__", ".")).resolve().parent}
@@ -1615,7 +1599,8 @@ def training_code(train_cell, prepare=None):
         for node in ast.walk(tree):  # what it names: f, a dict of functions, module.f
             if isinstance(node, ast.Name):
                 named = scope.get(node.id)
-                if isinstance(named, (int, float, str, tuple, list)) and not node.id.startswith("__"):
+                constant = isinstance(named, (int, float, str, tuple, list))
+                if constant and not node.id.startswith("__"):
                     texts[thing.__module__, node.id] = f"{node.id}={named!r}"
                 todo += named.values() if isinstance(named, dict) else [named]
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
