@@ -312,20 +312,23 @@ def information_panel(ax, rows):
     ax.legend()
 
 
-def whole_curves(rows, betas):
-    """The rows of those caps of which every beta is there: of half a curve, who knows the least."""
-    whole = []
-    for own in group_by(rows, "cap").values():
-        if {row["beta"] for row in own}.issuperset(betas):
-            whole += own
-    return whole
+def complete_by_cap(rows, grid):
+    """{cap: rows of the seeds of which every beta is there}: half a curve does not tell its least.
+
+    There is an entry for the main cap, whatever the grid.
+    """
+    by_cap = {MAIN_CAP: []}
+    for cap in grid["caps"]:
+        cells = [{"max_log_alpha": cap, "beta": beta} for beta in grid["betas"]]
+        by_cap[cap] = complete_seeds(rows, cells)
+    return by_cap
 
 
 def plot(width, beta, args):
     panels = [partial(width_panel, rows=width)] if width else []
     if beta:
         panels.append(partial(beta_panel, rows=beta))
-    if whole := whole_curves(beta, GRID[args.scale]["betas"]):
+    if whole := sum(complete_by_cap(beta, GRID[args.scale]).values(), []):
         panels.append(partial(ratio_panel, rows=whole))
     if beta:
         panels.append(partial(information_panel, rows=beta))
@@ -388,10 +391,7 @@ def claims(width, beta, grid):
     """The paper's claims, the main ones first, of complete seeds; thresholds were set before these
     rows were trained.
     """
-    betas, by_cap, table = grid["betas"], {MAIN_CAP: []}, []
-    for cap in grid["caps"]:
-        cells = [{"max_log_alpha": cap, "beta": b} for b in betas]
-        by_cap[cap] = complete_seeds(beta, cells)
+    betas, by_cap, table = grid["betas"], complete_by_cap(beta, grid), []
     main = by_cap[MAIN_CAP]
     if betas:
         table.append(u_claim(main, MAIN_CAP, betas))

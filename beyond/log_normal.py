@@ -20,10 +20,10 @@ from functools import partial
 import numpy as np
 
 from beyond.hysteresis import measure, random_labels, train
-from common import (cell_table, check, complete_seeds, crossing, group_by, load_images, ok_rows,
+from common import (cell_table, check, complete_seeds, group_by, load_images, ok_rows,
                     parse_args, per_seed, plot_points, run_grid, save_panels, save_tables,
                     summarise)
-from fig1_phase_transition import DATASETS, MEMORISED
+from fig1_phase_transition import DATASETS, MEMORISED, at_accuracy
 
 SHARED = dict(lr_noise=0.16, hold=0.6, draws=8)
 SETTINGS = {
@@ -61,8 +61,7 @@ def train_cell(cell, device, args, progress):
 
 def transition(rows):
     """The beta at which train accuracy falls through 55%; nan if it does not, or of two beta."""
-    points = summarise(rows, "beta", "train_acc")
-    return crossing(points, MEMORISED) if len(points) > 2 else math.nan
+    return at_accuracy(rows, MEMORISED)
 
 
 def transition_ratio(rows, cap, higher):
