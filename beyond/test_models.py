@@ -499,3 +499,18 @@ def test_batch_norm_statistics_of_rows_sorted_by_class():
 @pytest.mark.parametrize("layer", [StochasticLinear(50, 30), to_stochastic(nn.Conv2d(3, 4, 3))])
 def test_layers_start_at_a_log_alpha_of_minus_6(layer):
     torch.testing.assert_close(layer.log_alpha, torch.full_like(layer.weight, -6.0))
+
+
+def test_batch_norm_without_running_statistics_is_left():
+    net = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3))
+    common.recalibrate_bn(net, torch.randn(50, 3))
+    assert net[0].running_mean is None
+
+
+def test_evaluate_takes_labels_of_any_integers():
+    model, x, y = noisy_net().eval(), torch.randn(50, 5), torch.randint(3, (50,))
+    found = []
+    for labels in (y, y.int()):
+        torch.manual_seed(7)
+        found.append(common.evaluate(model, x, labels, x, labels, 1))
+    assert found[0] == found[1]
