@@ -1812,9 +1812,12 @@ def save_tables(args, **tables):
     page, claims = args.out / "README.md", tables.get("claims", [])
     if page.exists() and (claims or unmeasured):
         verdicts = [row["holds"] for row in claims]
-        summary = (f"Claims: {verdicts.count('yes')} hold, {verdicts.count('NO')} fail, "
-                   f"{verdicts.count('undecided')} undecided, {unmeasured} not measured yet "
-                   f"([all, and every cell]({stem}.md)).\n")
+        summary = f"Claims: {verdicts.count('yes')} hold, {verdicts.count('NO')} fail"
+        if undecided := verdicts.count("undecided"):
+            summary += f", {undecided} undecided"
+        if unmeasured:
+            summary += f", {unmeasured} not measured yet"
+        summary += f" ([all, and every cell]({stem}.md)).\n"
         block = re.compile(f"(<!-- {re.escape(stem)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
         shown = sorted(claims, key=lambda row: row["holds"] != "NO")[:6]
         new = f"\n{summary}\n{_markdown(shown)}\n" if shown else f"\n{summary}\n"

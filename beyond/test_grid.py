@@ -298,8 +298,7 @@ def test_tables_are_put_into_the_page(grid):
     assert "| c | p | rows 2 | yes |\n" in table
     assert table in printed
     claims = table.split("\n\n")[1]
-    count = ("Claims: 1 hold, 0 fail, 0 undecided, 1 not measured yet "
-             "([all, and every cell](toy-demo.md)).")
+    count = "Claims: 1 hold, 0 fail, 1 not measured yet ([all, and every cell](toy-demo.md))."
     assert page.read_text() == (f"before\n<!-- toy-demo -->\n\n{count}\n\n{claims}\n\n"
                                 "<!-- end -->\nafter <!-- end -->\n")
 
@@ -309,9 +308,19 @@ def test_claims_that_are_no_longer_made_leave_the_page(grid):
     page = grid.out / "README.md"
     page.write_text("<!-- toy-demo -->\nClaims: 1 hold\n| c |\n<!-- end -->\n")
     save_tables(SimpleNamespace(out=grid.out, figure="toy", scale="demo"), claims=[None, None])
-    assert page.read_text() == ("<!-- toy-demo -->\n\nClaims: 0 hold, 0 fail, 0 undecided, 2 not "
-                                "measured yet ([all, and every cell](toy-demo.md)).\n\n"
-                                "<!-- end -->\n")
+    assert page.read_text() == ("<!-- toy-demo -->\n\nClaims: 0 hold, 0 fail, 2 not measured yet "
+                                "([all, and every cell](toy-demo.md)).\n\n<!-- end -->\n")
+
+
+@pytest.mark.parametrize("holds, count", [
+    (["yes", "yes"], "Claims: 2 hold, 0 fail ("),
+    (["NO", "undecided", "undecided"], "Claims: 0 hold, 1 fail, 2 undecided (")])
+def test_the_page_counts_verdicts(tmp_path, holds, count):
+    page = tmp_path / "README.md"
+    page.write_text("<!-- toy-demo -->\n<!-- end -->\n")
+    save_tables(SimpleNamespace(out=tmp_path, figure="toy", scale="demo"),
+                claims=[{"claim": "c", "holds": verdict} for verdict in holds])
+    assert count in page.read_text()
 
 
 def test_claims_that_fail_stand_first_on_the_page(tmp_path):
