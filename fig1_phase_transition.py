@@ -11,10 +11,10 @@ with N, so that the transition lies at a constant beta/N. You will see accuracy 
 fall to chance within a factor of two in beta, and real labels learned far beyond.
 
 Every weight has noise of a learned variance, and its nats (1.44 bits each) count in I(w;D).
-Protocol (results/protocols.md): Adam, the rates held for 60% of the steps; beta is raised from 0 to
-a peak and then lowered to its value, as nets that start at beta = 0.3 stay at chance. Accuracy and
-cross-entropy are those of one sampled network, the mean over draws; test accuracy is that of the
-mean network.
+Protocol (results/protocols.md): Adam, the rates held for 60% of the steps; beta is raised from 0, as
+nets that start at beta = 0.3 stay at chance, and one below a peak passes it and comes down again.
+Accuracy and cross-entropy are those of one sampled network, the mean over draws; test accuracy is
+that of the mean network.
 """
 import math
 from functools import partial
@@ -27,9 +27,8 @@ import torch.nn.functional as F
 
 from common import (beta_at, cell_table, check, complete_curves, corrupt_labels, crossing,
                     draw_subset, evaluate, group_by, load_images, lr_factor, minibatches, normalise,
-                    ok_rows, param_groups, parse_args, per_seed, plot_points, run_grid,
-                    save_panels, save_tables, summarise, to_stochastic, weight_information,
-                    with_information)
+                    ok_rows, param_groups, parse_args, plot_points, run_grid, save_panels,
+                    save_tables, summarise, to_stochastic, weight_information, with_information)
 
 # How a cell, one training run, is trained; stored in its row. It takes steps * max(1,
 # N/300)^growth[labels]: a net needs more epochs to memorise many random labels than to learn real
@@ -105,7 +104,10 @@ def load_data(args):
 
 
 def train_cell(cell, device, args, progress, information=weight_information, **changes):
-    """Train and measure one net. information: the penalty, nats; changes: other settings."""
+    """Train and measure one net.
+
+    For beyond/proper_prior.py: information, the penalty in nats; changes of the settings.
+    """
     s, n, beta = SETTINGS[args.scale] | changes, cell["n"], cell["beta"]
     torch.manual_seed(cell["seed"])  # of the net and its noise; generator: of data and labels
     generator = torch.Generator().manual_seed(cell["seed"])
@@ -129,7 +131,7 @@ def train_cell(cell, device, args, progress, information=weight_information, **c
         logits, nats = forward(x[index])
         cross_entropy = F.cross_entropy(logits, y[index])
         beta_now = beta_at(step / steps, beta, s["peak"])
-        loss = cross_entropy + beta_now / n * nats  # eq. 3, per sample
+        loss = cross_entropy + beta_now / n * nats  # eq. 3, per sample, as ib_loss has it
 
         optimizer.zero_grad()
         loss.backward()
@@ -153,15 +155,15 @@ MEMORISED = 0.55  # train accuracy on random labels: half of the way from chance
 FITS = (0.3, 0.4, 0.5)  # train accuracies on real labels at which nets of different N compare
 
 
-# What follows from the rows of one N
+# What follows from rows
 
-def mean_of(rows, key):
-    return np.mean([row[key] for row in rows])
-
-
-def overfitting(rows):
-    """Train minus test accuracy, both of sampled networks."""
-    return mean_of(rows, "train_acc") - mean_of(rows, "test_acc_sampled")
+def add_derived(rows):
+    """The ok rows, with nats per sample, and train minus test accuracy of sampled networks."""
+    rows = ok_rows(rows)
+    for row in rows:
+        row["nats"] = row["information"] / row["n"]
+        row["overfitting"] = row["train_acc"] - row["test_acc_sampled"]
+    return rows
 
 
 def at_accuracy(rows, level, key="beta"):
@@ -176,38 +178,40 @@ def at_accuracy(rows, level, key="beta"):
     return crossing(points, level) if len(points) > 2 else math.nan
 
 
-def fall_factor(rows):
-    """By which factor in beta train accuracy falls from 80% to 20%."""
-    return at_accuracy(rows, 0.2) / at_accuracy(rows, 0.8)
+def curves_of(rows):
+    """A row for each curve over beta, of one N and seed; nan for accuracies that it does not pass.
+
+    edge, beta_*, information_*: where train accuracy falls through 55%, or through each of FITS.
+    """
+    curves = []
+    for (n, seed), own in group_by(rows, "n", "seed").items():
+        curve = {"status": "ok", "n": n, "seed": seed, "edge": at_accuracy(own, MEMORISED),
+                 "fall_factor": at_accuracy(own, 0.2) / at_accuracy(own, 0.8),
+                 "test_acc": np.mean([row["test_acc"] for row in own])}
+        for level in FITS:
+            curve[f"beta_{level}"] = at_accuracy(own, level)
+            curve[f"information_{level}"] = at_accuracy(own, level, "information")
+        curve["log_line"] = math.log10(curve["beta_0.4"] / n)
+        curves.append(curve)
+    return curves
 
 
-def log_line(rows, level=0.4):
-    """log10 beta/N where train accuracy falls through level."""
-    return math.log10(at_accuracy(rows, level) / rows[0]["n"])
+def from_size(rows, n):
+    return [row for row in rows if row["n"] >= n]
 
 
-# The same over N; options: of the function
-
-def by_size(rows, function, **options):
-    """{"N = 100:": function(rows of one seed) of every seed, ...}, as claims need it."""
-    values = {}
-    for (n,), own in group_by(rows, "n").items():
-        values[f"N = {n:,}:"] = per_seed(partial(function, **options), own)
-    return values
+def by_size(rows, key):
+    """{"N = 100:": the value of each seed, ...}, as claims need it."""
+    return {f"N = {n:,}:": [row[key] for row in own] for (n,), own in group_by(rows, "n").items()}
 
 
-def curve_over_n(rows, function, **options):
-    """{N: function(rows of this N)}, without the N where it is nan."""
-    curve = {}
-    for (n,), own in group_by(rows, "n").items():
-        value = function(own, **options)
-        if math.isfinite(value):
-            curve[n] = value
-    return curve
+def over_n(curves, key):
+    """{N: mean over seeds}, without the N where it is nan."""
+    return {n: mean for n, mean, *_ in summarise(curves, "n", key) if math.isfinite(mean)}
 
 
 def best_betas(rows):
-    """{"N = 100:": [the beta of the best test accuracy, the mean over seeds], ...}."""
+    """{"N = 100:": [the beta at which test accuracy, the mean over seeds, is best], ...}."""
     best = {}
     for (n,), own in group_by(rows, "n").items():
         curve = summarise(own, "beta", "test_acc")
@@ -217,11 +221,11 @@ def best_betas(rows):
     return best
 
 
-def exponents(rows, function, **options):
-    """k of a fit function(rows of one N) ~ N^k, of each seed that has three N or more."""
+def exponents(rows, key):
+    """k of a fit of the value of key ~ N^k, of each seed that has three N or more."""
     slopes = []
     for own in group_by(rows, "seed").values():
-        curve = curve_over_n(own, function, **options)
+        curve = over_n(own, key)
         if len(curve) > 2:  # through two points there is always a line
             slope, _ = np.polyfit(np.log(list(curve)), np.log(list(curve.values())), 1)
             slopes.append(slope)
@@ -233,9 +237,9 @@ def accuracy_map(ax, rows, key, title):
     from matplotlib.tri import Triangulation
     cells = group_by(rows, "n", "beta")
     x, y = np.log10([[n, beta / n] for n, beta in cells]).T
-    accuracies = [mean_of(own, key) for own in cells.values()]
-    # Triangles of neighbouring cells in log N and log beta, where the cells are a grid: in the
-    # sheared axes of this panel, those of different beta would be joined.
+    accuracies = [np.mean([row[key] for row in own]) for own in cells.values()]
+    # Triangles of neighbouring cells in log N and log beta = x + y, where the cells are a grid: in
+    # the sheared axes of this panel, those of different beta would be joined.
     triangles = Triangulation(x, x + y).triangles
     colours = ax.tricontourf(Triangulation(x, y, triangles), accuracies,
                              np.linspace(0.12, 0.98, 44), cmap="coolwarm", extend="both")
@@ -261,13 +265,13 @@ def draw_line(ax, beta_by_n, name, colour, named_at=-1, **style):
 def random_map(ax, rows):
     accuracy_map(ax, rows, "train_acc", "train accuracy, random labels")
     draw_line(ax, PAPER_CROSSING, "55%, paper", "0.3", named_at=1, lw=2)
-    draw_line(ax, curve_over_n(rows, at_accuracy, level=MEMORISED), "55%, here", "k", lw=2)
+    draw_line(ax, over_n(curves_of(rows), "edge"), "55%, here", "k", lw=2)
 
 
 def real_map(ax, rows):
     accuracy_map(ax, rows, "train_acc", "train accuracy, real labels")
     for level in FITS:
-        draw_line(ax, curve_over_n(rows, at_accuracy, level=level), f"{level:.0%}", "k", lw=1)
+        draw_line(ax, over_n(curves_of(rows), f"beta_{level}"), f"{level:.0%}", "k", lw=1)
     paper = {n: n * 10**PAPER_LINE for (n,) in group_by(rows, "n")}
     draw_line(ax, paper, "paper", "0.3", named_at=0, lw=2)
 
@@ -286,45 +290,37 @@ def accuracy_panel(ax, rows, key, title):
 
 def information_panel(ax, random, real):
     """Information in the weights against N: where all is memorised (β = 0.1), and at equal fit."""
-    draw_information(ax, ok_rows(random, beta=0.1), "C3o-", "random labels, β = 0.1", mean_of)
-    draw_information(ax, ok_rows(real, beta=0.1), "C0o-", "real labels, β = 0.1", mean_of)
-    from_1000 = [row for row in real if row["n"] >= 1000]  # below, all is forgotten in one step
+    for rows, style, labels in ((random, "C3o-", "random"), (real, "C0o-", "real")):
+        plot_points(ax, summarise(rows, "n", "information", beta=0.1), style,
+                    label=f"{labels} labels, β = 0.1")
+    curves = curves_of(from_size(real, 1000))  # below, all is forgotten in one step
     for level, marker in zip(FITS, "vs^"):
-        draw_information(ax, from_1000, f"C0{marker}:", f"real labels, {level:.0%} fitted",
-                         at_accuracy, level=level)
+        key = f"information_{level}"
+        reached = [curve for curve in curves if math.isfinite(curve[key])]
+        plot_points(ax, summarise(reached, "n", key), f"C0{marker}:",
+                    label=f"real labels, {level:.0%} fitted")
     ax.set(xscale="log", yscale="log", xlabel="N", ylabel="I(w;D), nats",
            title="information in the weights")
     ax.legend()
 
 
-def draw_information(ax, rows, style, label, function, **options):
-    points = []
-    for own in group_by(rows, "seed").values():
-        for n, nats in curve_over_n(own, function, key="information", **options).items():
-            points.append({"status": "ok", "n": n, "nats": nats})
-    plot_points(ax, summarise(points, "n", "nats"), style, label=label)
+def for_map(rows):
+    """The rows of those N that have two beta or more; none of one N alone."""
+    found = []
+    for own in group_by([row for row in rows if row["beta"] > 0], "n").values():
+        if len(group_by(own, "beta")) > 1:
+            found += own
+    return found if len(group_by(found, "n")) > 1 else []
 
 
-def whole_curves(rows, grid):
-    """The rows of those N of which every beta of the grid is there; none of one N or beta alone.
-
-    A map fills what lies between cells: of a grid in training it would show what nobody measured.
-    """
-    whole, rows = [], [row for row in rows if row["beta"] > 0]  # the axes are logarithmic
-    for (n,), own in group_by(rows, "n").items():
-        betas = {row["beta"] for row in own}
-        if len(betas) > 1 and betas.issuperset(set(grid.get(n, ())) - {0}):
-            whole += own
-    return whole if len(group_by(whole, "n")) > 1 else []
-
-
-def plot(random, real, args):
-    panels, grid = [], GRID[args.scale]
-    if whole := whole_curves(random, grid["random"]):
-        panels.append(partial(random_map, rows=whole))
-    if whole := whole_curves(real, grid["real"]):
-        panels.append(partial(real_map, rows=whole))
-        panels.append(partial(accuracy_map, rows=whole, key="test_acc",
+def plot(random, real, complete, args):
+    """complete: rows of complete curves, as a map of others would show what nobody measured."""
+    panels = []
+    if rows := for_map(ok_rows(complete, labels="random")):
+        panels.append(partial(random_map, rows=rows))
+    if rows := for_map(ok_rows(complete, labels="real")):
+        panels.append(partial(real_map, rows=rows))
+        panels.append(partial(accuracy_map, rows=rows, key="test_acc",
                               title="test accuracy, real labels"))
     if random:
         panels.append(partial(accuracy_panel, rows=random, key="train_acc",
@@ -343,43 +339,42 @@ def claims(random, real):
 
     random, real: rows of complete curves over beta.
     """
+    random_curves, real_curves = curves_of(random), curves_of(real)
     random_01, random_12 = ok_rows(random, beta=0.1), ok_rows(random, beta=1.2)
-    from_1000 = [row for row in real if row["n"] >= 1000]
-    from_3000 = [row for row in real if row["n"] >= 3000]
-    at_equal_fit = partial(exponents, from_1000, at_accuracy, key="information")
-    edge = by_size(random, at_accuracy, level=MEMORISED)
-    edges = [values.mean() for values in edge.values() if np.isfinite(values).all()]
+    real_12, real_4 = ok_rows(real, beta=1.2), ok_rows(real, beta=4.0)
+    from_1000 = from_size(real_curves, 1000)
+    edges = over_n(random_curves, "edge").values()
     spread = [max(edges) / min(edges)] if len(edges) > 2 else []
+    paper_edges = "; ".join(f"N = {n:,}: {beta:g}" for n, beta in PAPER_CROSSING.items())
     return [
         check("random labels, β = 0.1: memorised (train accuracy at least 90%)", "yes",
-              by_size(random_01, mean_of, key="train_acc"), (0.9, 1)),
+              by_size(random_01, "train_acc"), (0.9, 1)),
         check("random labels, β = 1.2: not learned (train accuracy at most 20%)", "yes",
-              by_size(random_12, mean_of, key="train_acc"), (0, 0.2)),
-        check("random labels: through 55% at a β from 0.5 to 1.1",
-              "; ".join(f"N = {n:,}: {beta:g}" for n, beta in PAPER_CROSSING.items()), edge,
-              (0.5, 1.1)),
+              by_size(random_12, "train_acc"), (0, 0.2)),
+        check("random labels: through 55% at a β from 0.5 to 1.1", paper_edges,
+              by_size(random_curves, "edge"), (0.5, 1.1)),
         check("real labels, 40% fitted, N from 1,000: information ~ N^k, k below 0.5",
-              "saturates", {"": at_equal_fit(level=0.4)}, (-math.inf, 0.5)),
+              "saturates", {"": exponents(from_1000, "information_0.4")}, (-math.inf, 0.5)),
         check("real labels, 40% fitted, N from 3,000: at log₁₀ β/N from −3.1 to −2.5",
-              f"{PAPER_LINE}", by_size(from_3000, log_line), (-3.1, -2.5)),
+              f"{PAPER_LINE}", by_size(from_size(real_curves, 3000), "log_line"), (-3.1, -2.5)),
         check("real labels, β = 1.2: not overfitted (train within 10 points of test)", "yes",
-              by_size(ok_rows(real, beta=1.2), overfitting), (-math.inf, 0.1)),
+              by_size(real_12, "overfitting"), (-math.inf, 0.1)),
         check("random labels: from 80% to 20% within a factor 2.5 in β", "about 10",
-              by_size(random, fall_factor), (1, 2.5)),
+              by_size(random_curves, "fall_factor"), (1, 2.5)),
         check("random labels: the β at 55% changes with N by less than a factor 2", "4.5",
               {"": spread}, (1, 2)),
         check("random labels: test accuracy is chance (5 to 15%)", "yes",
-              by_size(random, mean_of, key="test_acc"), (0.05, 0.15), "{:.1%}"),
+              by_size(random_curves, "test_acc"), (0.05, 0.15), "{:.1%}"),
         check("random labels, β = 0.1: information ~ N^k, k from 0.9 to 1.1", "1",
-              {"": exponents(random_01, mean_of, key="information")}, (0.9, 1.1)),
+              {"": exponents(random_01, "information")}, (0.9, 1.1)),
         check("real labels, 50% fitted, N from 1,000: information ~ N^k, k below 0.5",
-              "saturates", {"": at_equal_fit(level=0.5)}, (-math.inf, 0.5)),
+              "saturates", {"": exponents(from_1000, "information_0.5")}, (-math.inf, 0.5)),
         check("real labels, β = 1.2, N from 1,000: learned (train accuracy over 40%)", "yes",
-              by_size(ok_rows(from_1000, beta=1.2), mean_of, key="train_acc"), (0.4, 1)),
+              by_size(from_size(real_12, 1000), "train_acc"), (0.4, 1)),
         check("real labels: test accuracy is best at a β from 0.5 to 2", "near 1",
               best_betas(real), (0.5, 2), "{:g}"),
         check("real labels, β = 4, N from 3,000: not overfitted", "yes",
-              by_size(ok_rows(from_3000, beta=4.0), overfitting), (-math.inf, 0.1)),
+              by_size(from_size(real_4, 3000), "overfitting"), (-math.inf, 0.1)),
     ]
 
 
@@ -409,15 +404,13 @@ COLUMNS = {"train": "train_acc", "cross-entropy": "cross_entropy", "I/N": "nats"
 def main():
     args = parse_args(__doc__, DATASETS, SEEDS)
     cells = make_cells(args.scale)
-    rows = ok_rows(run_grid(cells, train_cell, args, SETTINGS[args.scale], load_data))
-    for row in rows:
-        row["nats"] = row["information"] / row["n"]
+    rows = add_derived(run_grid(cells, train_cell, args, SETTINGS[args.scale], load_data))
     random = ok_rows(rows, labels="random", longer=None)
     real = ok_rows(rows, labels="real", longer=None)
     longer = ok_rows(rows, longer=True)
-    plot(random, real, args)
-    of_curves = [cell for cell in cells if "longer" not in cell]
-    complete = complete_curves(random + real, of_curves, "labels", "n")
+    cells_of_curves = [cell for cell in cells if "longer" not in cell]
+    complete = complete_curves(random + real, cells_of_curves, "labels", "n")
+    plot(random, real, complete, args)
     save_tables(args, claims=claims(ok_rows(complete, labels="random"),
                                     ok_rows(complete, labels="real")),
                 twice_the_steps=cell_table(longer, KEYS, COLUMNS),

@@ -3,6 +3,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +43,7 @@ def fig1_row(beta, acc, nats=1.0, n=100, seed=0, test_acc=0.1):
 FALLING = [fig1_row(0.1, 0.9, 100.0), fig1_row(1.0, 0.5, 10.0), fig1_row(10.0, 0.1, 1.0)]
 BY_N = FALLING + [row | {"n": 100 * factor, "information": factor * row["information"]}
                   for factor in (10, 100) for row in FALLING]
+CURVE, = fig1.curves_of(FALLING)
 TESTED = [fig1_row(beta, 0.9, test_acc=beta / 10) for beta in (1.0, 2.0, 3.0, 4.0, 5.0)]
 TESTED += [fig1_row(beta, 0.9, seed=1, test_acc=0.0) for beta in (4.0, 5.0)]
 CORRUPTED = [dict(status="ok", seed=0, kind=kind, corruption=fraction, wrong=wrong, rise=rise,
@@ -70,21 +72,25 @@ QUANTITIES = {
     "fig1: beta at an accuracy not reached": (lambda: fig1.at_accuracy(FALLING, 0.05), math.nan),
     "fig1: information at an accuracy": (
         lambda: fig1.at_accuracy(FALLING, 0.7, "information"), 10**1.5),
-    "fig1: fall_factor": (lambda: fig1.fall_factor(FALLING), 10**1.5),
-    "fig1: mean_of": (lambda: fig1.mean_of(FALLING, "information"), 37),
-    "fig1: curve_over_n": (lambda: list(fig1.curve_over_n(BY_N, fig1.mean_of, key="beta")),
-                           [100, 1000, 10_000]),
-    "fig1: curve_over_n of nan": (
-        lambda: list(fig1.curve_over_n(BY_N, fig1.at_accuracy, level=0.05)), []),
-    "fig1: exponents": (lambda: fig1.exponents(BY_N, fig1.mean_of, key="information"), [1.0]),
-    "fig1: exponents of two N": (
-        lambda: fig1.exponents(BY_N[:6], fig1.mean_of, key="information"), []),
-    "fig1: log_line": (lambda: fig1.log_line(FALLING, 0.3), 0.5 - 2),
-    "fig1: overfitting": (lambda: fig1.overfitting(FALLING), 0.05),
+    "fig1: curves_of": (lambda: [curve["n"] for curve in fig1.curves_of(BY_N)],
+                        [100, 1000, 10_000]),
+    "fig1: edge": (lambda: CURVE["edge"], 10**-0.125),
+    "fig1: fall_factor": (lambda: CURVE["fall_factor"], 10**1.5),
+    "fig1: test accuracy of a curve": (lambda: CURVE["test_acc"], 0.1),
+    "fig1: beta at 30%": (lambda: CURVE["beta_0.3"], 10**0.5),
+    "fig1: information at 30%": (lambda: CURVE["information_0.3"], 10**0.5),
+    "fig1: log_line": (lambda: CURVE["log_line"], 0.25 - 2),  # 40%
+    "fig1: over_n": (lambda: fig1.over_n(BY_N, "information"), {
+        100: [37], 1000: [370], 10_000: [3700]}),
+    "fig1: over_n of nan": (lambda: fig1.over_n([CURVE | {"edge": math.nan}], "edge"), {}),
+    "fig1: exponents": (lambda: fig1.exponents(BY_N, "information"), [1.0]),
+    "fig1: exponents of two N": (lambda: fig1.exponents(BY_N[:6], "information"), []),
     "fig1: best_betas": (lambda: fig1.best_betas(TESTED), {"N = 100:": [3.0]}),
     "fig1: best_betas of few": (lambda: fig1.best_betas(TESTED[:4]), {}),
-    "fig1: by_size": (lambda: fig1.by_size(BY_N, len), {
-        "N = 100:": [3], "N = 1,000:": [3], "N = 10,000:": [3]}),
+    "fig1: by_size": (lambda: fig1.by_size(BY_N[:5], "train_acc"), {
+        "N = 100:": [0.9, 0.5, 0.1], "N = 1,000:": [0.9, 0.5]}),
+    "fig1: from_size": (lambda: [row["n"] for row in fig1.from_size(BY_N, 10_000)], 3 * [10_000]),
+    "fig1: overfitting": (lambda: fig1.add_derived(FALLING)[0]["overfitting"], 0.05),
     "fig2: transition": (lambda: fig2.transition(FALLING), 10 ** (0.35 / 0.4 - 1)),
     "fig2: steps_of_rise": (lambda: fig2.steps_of_rise(CORRUPTED[:3]), {
         "0 to 0.1:": [0.5], "0.1 to 1:": [1.5]}),
@@ -118,7 +124,8 @@ QUANTITIES = {
 
 
 def lists(values):
-    return {k: list(v) for k, v in values.items()} if isinstance(values, dict) else values
+    return {k: np.atleast_1d(v).tolist() for k, v in values.items()} if isinstance(
+        values, dict) else values
 
 
 @pytest.mark.parametrize("name", QUANTITIES)
@@ -170,6 +177,7 @@ def test_fig1_claims_hold_on_ideal_rows_and_fail_on_chance():
 
     def verdicts(rows):
         split = [[row for row in rows if row["labels"] == labels] for labels in ("random", "real")]
+        split = [fig1.add_derived(rows) for rows in split]
         return {row["claim"]: row["holds"] for row in fig1.claims(*split) if row}
 
     ideal, none = verdicts(rows), verdicts(chance)
