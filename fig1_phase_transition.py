@@ -11,8 +11,8 @@ with N, so that the transition lies at a constant beta/N. You will see accuracy 
 fall to chance within a factor of two in beta, and real labels learned far beyond.
 
 Every weight has noise of a learned variance, and its nats (1.44 bits each) count in I(w;D).
-Protocol (results/protocols.md): Adam, the rates held for 60% of the steps; beta is raised from 0, as
-nets that start at beta = 0.3 stay at chance, and one below a peak passes it and comes down again.
+Protocol (results/protocols.md): Adam, the rates held for 60% of the steps; beta is raised from 0,
+as nets that start at beta = 0.3 stay at chance; one below a peak passes it and comes down again.
 Accuracy and cross-entropy are those of one sampled network, the mean over draws; test accuracy is
 that of the mean network.
 """

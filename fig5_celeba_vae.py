@@ -91,8 +91,8 @@ def train_cell(cell, device, args, progress):
         u = prior.draw(z, s["draw_steps"])
         return vae.decoder(u).clamp(-1, 1)
 
-    some = test[:s["drawn"]]
-    x, drawn = take(images, some), predict(draw, z_test[:len(some)])
+    first = test[:s["drawn"]]
+    x, drawn = take(images, first), predict(draw, z_test[:len(first)])
     # For the picture: some x, and draws of each
     shown = [x[:SHOWN]] + [predict(draw, z_test[:SHOWN]) for _ in range(DRAWS)]
     shown = (torch.stack(shown) * 127.5 + 127.5).round().to(torch.uint8)
@@ -105,12 +105,12 @@ def train_cell(cell, device, args, progress):
            "majority_acc": agreement(majority, attributes[test])}
     # What draws keep of x
     row |= colours_kept(x, drawn, args.dataset)
-    measured = without_rare(attributes, test, s["rarest"])
-    row |= read_from_draws(predict(evaluator, drawn), measured, factors, some)
-    rebuilt = predict(evaluator, predict(vae.rebuild, x))[:, :measured.shape[1]]
-    row["rebuilt_attributes"] = agreement(rebuilt, measured[some])  # what draws could reach
+    frequent = without_rare(attributes, test, s["rarest"])
+    row |= read_from_draws(predict(evaluator, drawn), frequent, factors, first)
+    rebuilt = predict(evaluator, predict(vae.rebuild, x))[:, :frequent.shape[1]]
+    row["rebuilt_attributes"] = agreement(rebuilt, frequent[first])  # what draws could reach
     # What ridge regression reads from z itself, and from z under white noise
-    targets = ridge_targets(images, measured, factors, parts, args.dataset, s["components"])
+    targets = ridge_targets(images, frequent, factors, parts, args.dataset, s["components"])
     z = z[:len(parts["ridge"])]  # with which the unseen faces begin
     row |= measure_z(z, z_test, targets)
     if beta == 0:
@@ -169,8 +169,8 @@ def shared_networks(scale, *source):
     All cells are measured with one pair: trained once in each process, from the same seed.
     """
     s, (images, attributes, factors, parts) = SETTINGS[scale], load_faces(scale, *source)
-    measured = without_rare(attributes, parts["test"], s["rarest"])
-    labels = torch.cat([measured, *factors.values()], 1).float()
+    frequent = without_rare(attributes, parts["test"], s["rarest"])
+    labels = torch.cat([frequent, *factors.values()], 1).float()
     torch.manual_seed(1_000_000)  # of no cell
     vae, evaluator = VAE(s["vae"]), attribute_classifier(s["channels"], labels.shape[1])
     for net in (vae, evaluator):
@@ -204,7 +204,7 @@ def load_faces(scale, dataset, data_dir, device):
     if dataset == "synthetic":
         n_train, n_test = s["synthetic"]
         images, attributes, values = synthetic_faces(n_train + n_test, seed=0)
-        partition = 2 * (torch.arange(len(images)) >= n_train)
+        partition = 2 * (torch.arange(len(images)) >= n_train)  # CelebA's: 0 train, 2 test
     else:
         images, attributes, _, partition = load_celeba(data_dir)
     factors = {}
@@ -482,8 +482,9 @@ NATS = {"attributes": "attribute_nats", "pixels": "picture_nats",
         "pixels of the background": "picture_nats_outside", "factors not named": "not_named_nats"}
 
 
-def excess(accuracy, chance):
-    return (accuracy - chance) / (1 - chance)
+def excess(value, chance):
+    """The share of the way from chance to an accuracy of 1."""
+    return (value - chance) / (1 - chance)
 
 
 def named(row):
@@ -502,7 +503,8 @@ def not_named(row):
 def under_noise(base, nats, key):
     """What is left of key where white noise in z of the row base leaves this score of attributes.
 
-    Between two amounts of noise it is linear in that score.
+    Between two amounts of noise it is linear in that score; nan below the score that most noise
+    leaves, and the value without noise above the score without.
     """
     levels = sorted([base, *base["noise"]], key=itemgetter("attribute_nats"))
     attribute_nats = [level["attribute_nats"] for level in levels]
