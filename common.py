@@ -4,15 +4,11 @@ Disentanglement in Deep Representations" (JMLR 2018, arXiv 1706.01350). Informat
 Each of the five sections also runs alone when pasted under this import block.
 """
 import argparse
-import ast
 import contextlib
 import copy
 import ctypes
 import functools
 import glob
-import hashlib
-import inspect
-import io
 import json
 import math
 import multiprocessing
@@ -21,10 +17,8 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
-import tokenize
 import traceback
 import warnings
 from concurrent import futures
@@ -1324,8 +1318,8 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
     progress(step, steps, loss), which ends a cell whose loss is not finite. settings: how cells are
     trained; rows of others, and of other cells, do not count. prepare(args) loads the data, before
     training. A row has figure, scale, dataset, status ("ok" or "diverged"), device, torch, git,
-    code, settings, seconds, keys (of the cell), the cell and what was measured. A cell that raises
-    is reported and gets no row; when the others are trained, exit status 1.
+    settings, seconds, keys (of the cell), the cell and what was measured. A cell that raises is
+    reported and gets no row; when the others are trained, exit status 1.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise SystemExit  # a worker imports a script without a __main__ guard: its parent says so
@@ -1339,8 +1333,7 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
     on_cpu = args.device.type == "cpu"
     head = {"figure": args.figure, "scale": args.scale, "dataset": args.dataset, "status": "ok",
             "device": "cpu" if on_cpu else torch.cuda.get_device_name(args.device),
-            "torch": torch.__version__, "git": _git_revision(),
-            "code": training_code(train_cell, prepare), "settings": settings}
+            "torch": torch.__version__, "git": _git_revision(), "settings": settings}
 
     if taken := {"seconds", "keys", *head} & set().union(*cells):
         raise OSError(f"cells cannot have the keys {sorted(taken)}: every row has them")
@@ -1370,10 +1363,9 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
           f"{len(cells)} cells, {len(cells) - len(todo)} done, commit {head['git']}")
     if others := sum(not counts(row) for row in found):
         print(f"{others} rows in {args.out} have other settings or cells: left aside")
-    changed = [row for row in rows.values() if row.get("code") != head["code"]]
-    if changed:
-        commits = ", ".join(sorted({str(row.get("git")) for row in changed}))
-        print(f"{len(changed)} rows were trained by other code than this one (commit {commits}): "
+    clean = None if head["git"].endswith(("-dirty", "unknown")) else head["git"]
+    if commits := {str(row.get("git")) for row in rows.values()} - {clean}:
+        print(f"rows were trained at commit {', '.join(sorted(commits))}, perhaps by other code: "
               "to train anew, add --out elsewhere")
     if args.plot_only or not todo:
         print("redrawing; to train again, add --out elsewhere" if rows else "no rows", flush=True)
@@ -1569,66 +1561,6 @@ def _set_up_worker(train_cell):
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     _set_up_process()
-
-
-def training_code(train_cell, prepare=None):
-    """A hash of the code of train_cell and of all that it calls in this project: str.
-
-    It changes with the numbers, strings, tuples and lists that they name, and not with comments,
-    docstrings and layout, nor with prepare, which loads the data.
-    """
-    texts, todo = {}, [train_cell]
-    here = {Path(globals().get("__file__", ".")).resolve().parent}
-    with contextlib.suppress(OSError, TypeError):  # of a script elsewhere
-        here.add(Path(inspect.getsourcefile(_function(train_cell))).resolve().parent)
-    while todo:
-        thing = _function(todo.pop())
-        if thing is prepare or not (inspect.isfunction(thing) or inspect.isclass(thing)):
-            continue
-        name = thing.__module__, thing.__qualname__
-        try:
-            file = Path(inspect.getsourcefile(thing)).resolve()
-            if name in texts or here.isdisjoint(file.parents[:2]):  # deeper: installed packages
-                continue
-            text = textwrap.dedent(inspect.getsource(thing))  # slow: parses the whole file
-            tree = ast.parse(text)
-        except (OSError, TypeError, SyntaxError):  # built in, typed into a shell, a lambda
-            continue
-        texts[name] = _bare(text)
-        scope = vars(sys.modules[thing.__module__])
-        for node in ast.walk(tree):  # what it names: f, a dict of functions, module.f
-            if isinstance(node, ast.Name):
-                named = scope.get(node.id)
-                constant = isinstance(named, (int, float, str, tuple, list))
-                if constant and not node.id.startswith("__"):
-                    texts[thing.__module__, node.id] = f"{node.id}={named!r}"
-                todo += named.values() if isinstance(named, dict) else [named]
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                module = scope.get(node.value.id)
-                if inspect.ismodule(module):
-                    todo.append(getattr(module, node.attr, None))
-    return hashlib.sha256("".join(sorted(texts.values())).encode()).hexdigest()[:12]
-
-
-def _function(thing):
-    """What is called in the end when thing is, without decorators, bound or partial arguments."""
-    while isinstance(thing, functools.partial) or inspect.ismethod(thing):
-        thing = thing.func if isinstance(thing, functools.partial) else thing.__func__
-    with contextlib.suppress(ValueError):  # an object that has every attribute
-        return inspect.unwrap(thing)
-
-
-def _bare(text):
-    """A text of Python without comments, docstrings and white space, its blocks in braces."""
-    kept, before = "", None
-    marks = {tokenize.COMMENT: "", tokenize.NEWLINE: ";",
-             tokenize.INDENT: "{", tokenize.DEDENT: "}"}
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if before == tokenize.INDENT and token.type in (tokenize.STRING, tokenize.NEWLINE):
-            continue  # a docstring
-        kept += marks.get(token.type, token.string)
-        before = token.type
-    return "".join(kept.split())
 
 
 def _git_revision():

@@ -1056,7 +1056,6 @@ def redraw(monkeypatch, script, out, scale, *options):
     figure = importlib.import_module(script)
     monkeypatch.setattr(sys, "argv", [script + ".py", "--scale", scale, "--plot-only", "--jobs",
                                       "1", "--out", str(out), *options])
-    monkeypatch.setattr(common, "training_code", lambda *_: "not compared")
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
     figure.main()
 

@@ -1,12 +1,9 @@
-"""What nets are trained and measured on, and the code that counts as training. pytest beyond.
+"""What nets are trained and measured on. pytest beyond.
 
 Then estimators that are trained, where the answer is known.
 """
 import argparse
-import functools
 import importlib
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +17,6 @@ import fig4_cluttered_mnist as fig4
 from common import normalise
 from test_common import TINY
 
-HERE = Path(common.__file__).resolve().parent
 torch.set_num_threads(1)
 
 
@@ -332,69 +328,3 @@ def test_fig5_mirror_images_have_the_factors_that_they_show(monkeypatch, tmp_pat
         distance = torch.cdist(mean_pictures(images, of_images),
                                mean_pictures(images.flip(3), of_mirrored))
         assert (distance.argmin(1) == torch.arange(len(distance))).all(), name
-
-
-# === The code that counts as training
-
-FIG1_TEXT = (HERE / "fig1_phase_transition.py").read_text()
-
-
-def code_of(folder, text):
-    """training_code of a script of this text, imported from a folder of its own."""
-    number = len(list(folder.iterdir()))
-    path = folder / f"script{number}.py"
-    path.write_text(text)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return common.training_code(module.train_cell, module.load_data)
-
-
-@pytest.mark.parametrize("old, new, changes", [
-    ("nn.MaxPool2d(2)", "nn.AvgPool2d(2)", True),  # the network
-    ("int(384 * width)", "int(256 * width)", True),
-    ("x + (shift", "x - (shift", True),  # a class that the network calls
-    ("beta_now / n * nats", "beta_now * nats", True),  # the training loop
-    ('s["draws"])', '4)', True),
-    ("        if step % 100 == 0 or step == steps - 1:\n            progress",  # out of the loop
-     "    if step % 100 == 0 or step == steps - 1:\n        progress", True),
-    ("# eq. 3, per sample", "# the loss", False),
-    ('"""Train and measure one net.', '"""Measure and train one net.', False),
-    ("        loss.backward()\n", "        loss.backward()\n\n", False),
-    ("F.cross_entropy(logits, y[index])", "F.cross_entropy( logits, y[index] )", False),
-    ("ax.legend()", "ax.legend(loc=2)", False),  # a plot
-    ("PAPER_LINE = -2.8", "PAPER_LINE = -2.9", False)])
-def test_training_code_is_that_of_nets_and_training(monkeypatch, tmp_path, old, new, changes):
-    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))  # where the project is
-    assert old in FIG1_TEXT
-    before, after = code_of(tmp_path, FIG1_TEXT), code_of(tmp_path, FIG1_TEXT.replace(old, new))
-    assert (before != after) == changes
-
-
-def test_training_code_is_told_of_scripts_in_another_folder(tmp_path):
-    codes = [code_of(tmp_path, text)
-             for text in (FIG1_TEXT, FIG1_TEXT.replace("loss.backward()", "pass"))]
-    assert codes[0] != codes[1]
-
-
-def test_training_code_has_the_constants_that_it_names(tmp_path):
-    text = "HOLD = 0.6\n" + FIG1_TEXT.replace('s["hold"]', "HOLD")
-    assert code_of(tmp_path, text) != code_of(tmp_path, text.replace("HOLD = 0.6", "HOLD = 0.7"))
-    text = text.replace("HOLD)", "HOLD[1])").replace("HOLD = 0.6", "HOLD = (0.5, 0.6)")
-    assert code_of(tmp_path, text) != code_of(tmp_path, text.replace("(0.5, 0.6)", "(0.5, 0.7)"))
-
-
-class Trainer:
-    def __getattr__(self, name):  # has any attribute
-        return self
-
-    def train(self, cell, device, args, progress):
-        return {"value": 1.0}
-
-
-def test_training_code_looks_through_partial_and_bound_functions():
-    code = common.training_code(Trainer.train)
-    assert code != common.training_code(None)  # of nothing
-    assert common.training_code(functools.partial(Trainer.train, None)) == code
-    assert common.training_code(Trainer().train) == code
-    common.training_code(Trainer())  # ends
