@@ -260,7 +260,8 @@ def r_panel(ax, rows, key, title):
     ends = [min(betas), max(betas)]
     # memorising pays above this line
     ax.plot(ends, ends, color="0.5", lw=2, label="r = β")
-    ax.set(xlabel="β", ylabel="r, label nats saved per nat counted", title=title, ylim=(0, 1.05))
+    ax.set(xlabel="β", ylabel="r, label nats saved per nat counted", title=title,
+           xlim=(0, None), ylim=(0, 1.05))
     ax.legend()
 
 
