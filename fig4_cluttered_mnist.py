@@ -234,8 +234,8 @@ def position_information(z, positions, s, progress):
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step / steps, hold=0.3))
     best = -math.inf
-    for step, rows in zip(range(steps), minibatches(train, 128, z.device)):
-        loss = -position_nats(decoder(z[rows]), positions[rows])
+    for step, index in zip(range(steps), minibatches(train, 128, z.device)):
+        loss = -position_nats(decoder(z[index]), positions[index])
 
         optimizer.zero_grad()
         loss.backward()

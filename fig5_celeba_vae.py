@@ -118,18 +118,18 @@ def train_cell(cell, device, args, progress):
     return row
 
 
-def train_classifier(images, attributes, rows, beta, s, progress):
-    """A stochastic classifier of the faces in these rows."""
+def train_classifier(images, attributes, indices, beta, s, progress):
+    """A stochastic classifier of the faces with these indices."""
     model = to_stochastic(attribute_classifier(s["channels"], attributes.shape[1]))
     model.to(images.device, memory_format=torch.channels_last)  # faster on a CPU
-    n = len(rows) // 2  # a mirror image is no sample of its own
+    n = len(indices) // 2  # a mirror image is no sample of its own
 
     def loss_at(index, t):
         logits = model(take(images, index))
         beta_now = beta_at(t, beta, 0)  # raised slowly, else a large beta stops all learning
         return ib_loss(logits, attributes[index], model, beta_now, n, attributes=True)[0]  # eq. 3
 
-    return minimise(model, loss_at, rows, s["classifier_steps"], s, progress)
+    return minimise(model, loss_at, indices, s["classifier_steps"], s, progress)
 
 
 def train_prior(u, z, s, progress):
@@ -140,18 +140,18 @@ def train_prior(u, z, s, progress):
     def loss_at(index, t):
         return prior.loss(u[index], z[index])
 
-    rows = torch.arange(len(u), device=u.device)
-    return minimise(prior, loss_at, rows, s["prior_steps"], s, progress, hold=0.5)
+    indices = torch.arange(len(u), device=u.device)
+    return minimise(prior, loss_at, indices, s["prior_steps"], s, progress, hold=0.5)
 
 
-def minimise(model, loss_at, rows, steps, s, progress=None, hold=0.8):
-    """Minimise loss_at(minibatch of rows, fraction of the steps done) by Adam."""
+def minimise(model, loss_at, indices, steps, s, progress=None, hold=0.8):
+    """Minimise loss_at(minibatch of indices, fraction of the steps done) by Adam."""
     optimizer = torch.optim.Adam(param_groups(model, s["lr"], s["lr_noise"]), fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step / steps, hold))
     model.train()
-    for step, index in zip(range(steps), minibatches(len(rows), s["batch"], rows.device)):
-        loss = loss_at(rows[index], step / steps)
+    for step, index in zip(range(steps), minibatches(len(indices), s["batch"], indices.device)):
+        loss = loss_at(indices[index], step / steps)
 
         optimizer.zero_grad()
         loss.backward()
@@ -194,11 +194,14 @@ def load_data(args):
 
 @lru_cache(maxsize=1)
 def load_faces(scale, dataset, data_dir, device):
-    """Images uint8, attributes 0/1 (2n, a), {factor: one-hot (2n, k)}, {part: its rows}.
+    """Images uint8, attributes 0/1 (2n, a), {factor: one-hot (2n, k)}, {part: its indices}.
 
-    Row n + i is the mirror image of row i. CelebA has no factors. Parts, with mirror images: train
-    (VAE); classifier, two thirds of it (classifier of attributes); unseen, the rest (prior,
-    evaluation classifier). Without them: ridge, with which unseen begins, and test.
+    Index n + i is the mirror image of face i. CelebA has no factors. Parts, and what learns there:
+        train       the VAE                    all training faces, and mirrored
+        classifier  the attribute classifier   two thirds of these, and mirrored
+        unseen      the prior, the evaluator   the other third and validation, and mirrored
+        ridge       ridge regression           the third with which unseen begins
+        test        nothing                    up to 4,000 faces, all that is measured
     """
     s, values = SETTINGS[scale], {}
     if dataset == "synthetic":
@@ -222,29 +225,29 @@ def load_faces(scale, dataset, data_dir, device):
     third = len(train) // 3  # z of faces that a classifier was trained on tells more of them
     parts = {"train": train, "classifier": train[third:],
              "unseen": torch.cat([train[:third], validation])}
-    for name, rows in parts.items():
-        parts[name] = torch.cat([rows, rows + len(images)])
+    for name, indices in parts.items():
+        parts[name] = torch.cat([indices, indices + len(images)])
     parts |= {"ridge": train[:third], "test": test[:4000]}  # without mirror images
     return images.to(device), attributes.repeat(2, 1).to(device), factors, parts
 
 
-def without_rare(attributes, rows, rarest):
-    """The attributes (n, a) of which neither value is rarer than this in these rows."""
-    share = attributes[rows].float().mean(0)
+def without_rare(attributes, indices, rarest):
+    """The attributes (n, a) of which neither value is rarer than this in these faces."""
+    share = attributes[indices].float().mean(0)
     return attributes[:, (share - 0.5).abs() <= 0.5 - rarest]
 
 
-def take(images, rows):
-    """Images as floats from -1 to 1; rows beyond their number are mirror images."""
-    x, mirrored = images[rows % len(images)], rows >= len(images)
+def take(images, indices):
+    """Images as floats from -1 to 1; indices beyond their number are of mirror images."""
+    x, mirrored = images[indices % len(images)], indices >= len(images)
     x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
     return (x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def map_faces(function, images, rows, batch=100):
-    """function(faces in these rows), in batches."""
-    return torch.cat([function(take(images, part)) for part in rows.split(batch)])
+def map_faces(function, images, indices, batch=100):
+    """function(faces with these indices), in batches."""
+    return torch.cat([function(take(images, part)) for part in indices.split(batch)])
 
 
 def faces_file(args, beta, seed):
@@ -356,21 +359,21 @@ def chance_agreement(logits, y):
     return (truth * found + (1 - truth) * (1 - found)).mean().item()
 
 
-def read_from_draws(logits, attributes, factors, rows):
-    """Accuracy of the attributes and factors of rows, in the evaluation classifier's logits."""
+def read_from_draws(logits, attributes, factors, indices):
+    """Accuracy of these faces' attributes and factors, in the evaluation classifier's logits."""
     widths = [attributes.shape[1]]
     for value in factors.values():
         widths.append(value.shape[1])
     first, *others = logits.split(widths, 1)
-    found = {"drawn_attributes": agreement(first, attributes[rows]),
-             "drawn_chance": chance_agreement(first, attributes[rows])}
+    found = {"drawn_attributes": agreement(first, attributes[indices]),
+             "drawn_chance": chance_agreement(first, attributes[indices])}
     for (name, value), scores in zip(factors.items(), others):
-        found[f"drawn_{name}"] = accuracy(scores, value[rows].argmax(1))
+        found[f"drawn_{name}"] = accuracy(scores, value[indices].argmax(1))
     return found
 
 
-HAIR = {"synthetic": (-0.58, -0.42), "celeba": (-0.85, -0.6)}  # rows, from -1 to 1
-SKIN = (0.15, 0.3)  # rows below eyes and glasses, above the mouth
+HAIR = {"synthetic": (-0.58, -0.42), "celeba": (-0.85, -0.6)}  # heights, from -1 to 1
+SKIN = (0.15, 0.3)  # heights below eyes and glasses, above the mouth
 
 
 def regions(dataset, size, device):
@@ -449,11 +452,11 @@ def measure_z(z, z_test, targets):
 def measure_noise(z, z_test, targets):
     """measure_z under white noise of each standard deviation in NOISE: a list of dicts."""
     noise, noise_test = torch.randn_like(z), torch.randn_like(z_test)
-    rows = []
+    levels = []
     for std in NOISE:
         nats = measure_z(z + std * noise, z_test + std * noise_test, targets)
-        rows.append({"std": std} | nats)
-    return rows
+        levels.append({"std": std} | nats)
+    return levels
 
 
 def ridge(z, target, z_test):
