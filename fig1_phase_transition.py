@@ -378,21 +378,29 @@ def claims(random, real):
     ]
 
 
+def cell_of(scale, labels, n, beta):
+    cell = {"labels": labels, "n": n, "beta": beta}
+    if scale == "cpu" and labels == "random" and n in LARGE:
+        cell["steps_factor"] = RANDOM_LARGE
+    return cell
+
+
 def make_cells(scale):
+    """The cheap ones first: small N, and real labels before random ones."""
     grid, cells = GRID[scale], []
     for labels in ("real", "random"):
         for n, betas in grid[labels].items():
-            one = [{"labels": labels, "n": n, "beta": beta} for beta in betas]
-            if scale == "cpu" and n in LARGE:
-                more = {"steps_factor": RANDOM_LARGE} if labels == "random" else {}
-                one = [cell | {"seed": seed} | more for seed in SEEDS_LARGE[labels] for cell in one]
-            cells += one
-    for cell in list(cells):
-        named = (cell["labels"], cell["n"], cell["beta"]) in grid["longer"]
-        if named and cell.get("seed", 0) == 0:
-            factor = 2 * cell.get("steps_factor", 1)
-            cells.append(cell | {"seed": 0, "longer": True, "steps_factor": factor})
-    return sorted(cells, key=itemgetter("n"))  # the cheap ones first, so real labels before random
+            for beta in betas:
+                cell = cell_of(scale, labels, n, beta)
+                if scale == "cpu" and n in LARGE:
+                    cells += [cell | {"seed": seed} for seed in SEEDS_LARGE[labels]]
+                else:
+                    cells.append(cell)
+    for which in grid["longer"]:
+        cell = cell_of(scale, *which)
+        steps_factor = 2 * cell.get("steps_factor", 1)
+        cells.append(cell | {"seed": 0, "longer": True, "steps_factor": steps_factor})
+    return sorted(cells, key=itemgetter("n"))
 
 
 KEYS = {"labels": "labels", "N": "n", "β": "beta", "steps": "steps"}
