@@ -152,7 +152,8 @@ PAPER_CROSSING = {100: 1.3, 300: 0.49, 1000: 0.63, 3000: 0.74, 10_000: 0.60, 30_
                   48_000: 0.29}
 PAPER_LINE = -2.8
 MEMORISED = 0.55  # train accuracy on random labels: half of the way from chance to all
-FITS = (0.3, 0.4, 0.5)  # train accuracies on real labels at which nets of different N compare
+# Train accuracies on real labels at which nets of different N compare; claims name the last two.
+FITS = (0.3, 0.4, 0.5)
 
 
 # What follows from rows
