@@ -84,10 +84,10 @@ def claims(rows, grid):
     ratios, excess = {}, {}
     for cap, next_cap in zip(caps, higher):
         ratio = partial(transition_ratio, cap=cap, higher=next_cap)
-        ratios[f"cap {cap:g} to {next_cap:g}"] = per_seed(ratio, rows)
+        ratios[f"cap {cap:g} to {next_cap:g}:"] = per_seed(ratio, rows)
     for cap in higher:
-        excess[f"cap {cap:g}"] = per_seed(uncounted, ok_rows(rows, cap=cap))
-    excess_low = {f"cap {low:g}": per_seed(uncounted, ok_rows(rows, cap=low))}
+        excess[f"cap {cap:g}:"] = per_seed(uncounted, ok_rows(rows, cap=cap))
+    excess_low = {f"cap {low:g}:": per_seed(uncounted, ok_rows(rows, cap=low))}
     return [
         check("the higher the cap on log α, the smaller the β of the transition (shown: ratios)",
               "–", ratios, (1, math.inf)),
