@@ -83,20 +83,14 @@ def all_cnn(width=1.0, channels=1):
 
 def train_cell(cell, device, args, progress):
     """Train a classifier and measure what its z holds; or what z of the control holds."""
-    s, seed = SETTINGS[args.scale], cell["seed"]
-    model, digits = train_classifier(cell["beta"], seed, device, args, progress)
+    s, which = SETTINGS[args.scale], (cell["beta"], cell["seed"], device, args, progress)
     if cell.get("control"):
-        # the net at beta only says how many label nats the noise has to leave: one pass will do
-        z, _, _, labels = sample_z(model, digits, passes=1)
-        aim = label_nats(z.mean((2, 3)), labels, s)
-        smallest = GRID[args.scale]["betas"][0]
-        model, digits = train_classifier(smallest, seed, device, args, progress)
-        z, masks, positions, labels = sample_z(model, digits, s["passes"])
-        row = {"noise": noise_size(z, labels, aim, s)}
-        add_noise(z, row["noise"])
+        row, samples = under_noise(*which)
     else:
+        model, digits = train_classifier(*which)
         row = measure_classifier(model, digits)
-        z, masks, positions, labels = sample_z(model, digits, s["passes"])
+        samples = sample_z(model, digits, s["passes"])
+    z, masks, positions, labels = samples
 
     # Train what reads z: the label, the squares' positions, the mask
     row["i_zy"] = label_nats(z.mean((2, 3)), labels, s)
@@ -107,6 +101,23 @@ def train_cell(cell, device, args, progress):
         discriminator, z, masks, steps=s["discriminator_steps"], patience=s["patience"],
         validation=s["validation"], held_out=s["test"], shuffle=False)
     return row | {"i_zn_nce": ratio["info_nce"], "i_zn_dv": ratio["donsker_varadhan"]}
+
+
+def under_noise(beta, seed, device, args, progress):
+    """The control: its row, and sample_z of the net at the smallest beta, with noise added.
+
+    As much noise as leaves the label the nats that the net at this beta leaves it.
+    """
+    s, smallest = SETTINGS[args.scale], GRID[args.scale]["betas"][0]
+    model, digits = train_classifier(beta, seed, device, args, progress)
+    z, _, _, labels = sample_z(model, digits, passes=1)  # one will do for the label
+    aim = label_nats(z.mean((2, 3)), labels, s)
+
+    model, digits = train_classifier(smallest, seed, device, args, progress)
+    z, masks, positions, labels = sample_z(model, digits, s["passes"])
+    size = noise_size(z, labels, aim, s)
+    add_noise(z, size)
+    return {"noise": size}, (z, masks, positions, labels)
 
 
 def train_classifier(beta, seed, device, args, progress):
