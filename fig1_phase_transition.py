@@ -271,8 +271,9 @@ def random_map(ax, rows):
 
 def real_map(ax, rows):
     accuracy_map(ax, rows, "train_acc", "train accuracy, real labels")
+    curves = curves_of(rows)
     for level in FITS:
-        draw_line(ax, over_n(curves_of(rows), f"beta_{level}"), f"{level:.0%}", "k", lw=1)
+        draw_line(ax, over_n(curves, f"beta_{level}"), f"{level:.0%}", "k", lw=1)
     paper = {n: n * 10**PAPER_LINE for (n,) in group_by(rows, "n")}
     draw_line(ax, paper, "paper", "0.3", named_at=0, lw=2)
 

@@ -192,7 +192,6 @@ PAPER_STYLE = dict(color="0.6", marker="s", ms=4)
 KINDS = {"": "mean network", "_sampled": "one sampled network", "_average": "average of draws"}
 NO_CAP = math.inf  # stands for the None of a cell, so that caps can be sorted
 STYLES = {MAIN_CAP: "C0o-", -2.0: "C1D--", NO_CAP: "C3v:"}  # of curves, by cap
-OTHER_STYLE = "C4x-."
 
 
 def add_derived(rows):
@@ -212,6 +211,10 @@ def add_derived(rows):
 
 def cap_name(cap):
     return "no cap" if cap == NO_CAP else f"log α ≤ −{-cap:g}"
+
+
+def cap_style(cap):
+    return STYLES.get(cap, "C4x-.")
 
 
 def gain_by_doubling(rows):
@@ -279,8 +282,7 @@ def beta_panel(ax, rows):
     """Test error of the mean network against beta; of sampled ones under the main cap."""
     ax.plot(PAPER_BETAS, PAPER_ERROR, label="paper", **PAPER_STYLE)
     for (cap,), own in group_by(rows, "cap").items():
-        plot_points(ax, summarise(own, "beta", "test_error"), STYLES.get(cap, OTHER_STYLE),
-                    label=cap_name(cap))
+        plot_points(ax, summarise(own, "beta", "test_error"), cap_style(cap), label=cap_name(cap))
     main = ok_rows(rows, cap=MAIN_CAP)
     for kind, style in (("_sampled", "C0s-"), ("_average", "C0^-")):
         plot_points(ax, summarise(main, "beta", "test_error" + kind), style, mfc="w", alpha=0.6,
@@ -295,8 +297,7 @@ def ratio_panel(ax, rows):
     for (cap,), own in group_by(rows, "cap").items():
         least = least_error(own) or math.nan
         ratios = [row | {"ratio": row["test_error"] / least} for row in own]
-        plot_points(ax, summarise(ratios, "beta", "ratio"), STYLES.get(cap, OTHER_STYLE),
-                    label=cap_name(cap))
+        plot_points(ax, summarise(ratios, "beta", "ratio"), cap_style(cap), label=cap_name(cap))
     ax.set(xscale="log", xlabel="β", title="test error over its least", ylim=(0.95, 1.6))
     ax.legend()
 
@@ -307,7 +308,7 @@ def information_panel(ax, rows):
     for (cap,), own in group_by(rows, "cap").items():
         nats = [max(fewest, mean) for _, mean, *_ in summarise(own, "beta", "nats")]
         error = [mean for _, mean, *_ in summarise(own, "beta", "test_error")]
-        ax.plot(nats, error, STYLES.get(cap, OTHER_STYLE), ms=4, lw=1.2, label=cap_name(cap))
+        ax.plot(nats, error, cap_style(cap), ms=4, lw=1.2, label=cap_name(cap))
     ax.set(xscale="log", xlabel=f"I(w;D)/N, nats (at least {fewest:g})", ylabel="test error, %",
            title="against information")
     ax.legend()

@@ -402,7 +402,7 @@ def by_beta(rows, key):
 
 
 def largest_rise(rows, key):
-    """{"to β = 0.01:": by how much the value rises from the β before, per seed}, where by most."""
+    """{"to β = 0.01:": rise of the value from the β before, per seed}, of the largest rise."""
     curve, rises = by_beta(rows, key), {}
     for before, beta in pairwise(curve):
         rises[f"to β = {beta:g}:"] = curve[beta] - curve[before]

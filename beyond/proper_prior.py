@@ -35,8 +35,8 @@ import torch
 import torch.nn as nn
 
 import fig1_phase_transition as fig1
-from common import (cell_table, check, complete_curves, group_by, ok_rows, parse_args, per_seed,
-                    plot_points, run_grid, save_panels, save_tables, summarise, weight_information)
+from common import (cell_table, check, complete_curves, group_by, ok_rows, parse_args, plot_points,
+                    run_grid, save_panels, save_tables, summarise, weight_information)
 
 SETTINGS = {scale: s | {"peak_proper": 0.0} for scale, s in fig1.SETTINGS.items()}
 BETAS = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -218,8 +218,9 @@ def largest(rows, key="r"):
 
 def largest_by_size(rows, key="r"):
     """{"N = 100:": the largest r of each seed, ...}."""
-    return {f"N = {n:,}:": per_seed(partial(largest, key=key), own)
-            for (n,), own in group_by(rows, "n").items()}
+    found = [{"n": n, "largest": largest(own, key)}
+             for (n, _), own in group_by(rows, "n", "seed").items()]
+    return fig1.by_size(found, "largest")
 
 
 def claims(rows):

@@ -124,8 +124,9 @@ QUANTITIES = {
 
 
 def lists(values):
-    return {k: np.atleast_1d(v).tolist() for k, v in values.items()} if isinstance(
-        values, dict) else values
+    if isinstance(values, dict):
+        return {name: np.atleast_1d(value).tolist() for name, value in values.items()}
+    return values
 
 
 @pytest.mark.parametrize("name", QUANTITIES)
@@ -144,6 +145,20 @@ def test_fig2_entropy_of_labels_is_that_of_corrupt_labels(kind, fraction):
     noisy = corrupt_labels(labels, fraction, 10, generator, kind)
     entropy = torch.distributions.Categorical(noisy.bincount(minlength=10)).entropy().item()
     assert fig2.label_entropy(fraction, kind) == pytest.approx(entropy, abs=5e-3)
+
+
+def edge(errors):
+    """The beta at which the paper's train accuracy falls through 55%."""
+    return common.crossing([(b, 100 - e) for b, e in zip(fig2.PAPER_BETAS, errors)], 55)
+
+
+@pytest.mark.parametrize("text, of_errors", [
+    (fig2.PAPER_LOW, lambda errors: f"{errors[0]:g}%"),
+    (fig2.PAPER_HIGH, lambda errors: f"{max(errors):g}%"),
+    (fig2.PAPER_EDGE, lambda errors: f"{edge(errors):.2g}")])
+def test_fig2_numbers_of_the_paper_are_those_of_its_curves(text, of_errors):
+    found = [f"{model} {of_errors(errors)}" for model, errors in fig2.PAPER_ERROR.items()]
+    assert text == "; ".join(found)
 
 
 def test_fig2_derives_what_the_rise_over_real_labels_is():
@@ -176,8 +191,9 @@ def test_fig1_claims_hold_on_ideal_rows_and_fail_on_chance():
     chance = [row | {"train_acc": 0.1} for row in rows]
 
     def verdicts(rows):
-        split = [[row for row in rows if row["labels"] == labels] for labels in ("random", "real")]
-        split = [fig1.add_derived(rows) for rows in split]
+        derived = fig1.add_derived(rows)
+        split = [[row for row in derived if row["labels"] == labels]
+                 for labels in ("random", "real")]
         return {row["claim"]: row["holds"] for row in fig1.claims(*split) if row}
 
     ideal, none = verdicts(rows), verdicts(chance)
