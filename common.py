@@ -199,13 +199,6 @@ class _StochasticWeight:
         if "log_sigma2" in self._parameters:  # not within __init__
             self.log_alpha = self._initial_log_alpha
 
-    def _apply(self, fn, **options):
-        was_meta = self.log_sigma2.is_meta
-        super()._apply(fn, **options)
-        if was_meta and not self.log_sigma2.is_meta:  # by to_empty(): any memory
-            nn.init.constant_(self.log_sigma2, math.nan)
-        return self
-
     def _make_plain(self):
         """Be the plain layer again, in place, with the present weights."""
         own_forward = type(self).forward is not _StochasticWeight.forward
@@ -279,14 +272,10 @@ class _StochasticWeight:
         self.max_log_alpha = cap if math.isfinite(cap) else None
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """A checkpoint of the plain layer has no noise: keep this layer's log alpha."""
+        """A checkpoint of the plain layer has no noise: begin with the initial log alpha."""
         weight = state_dict.get(prefix + "weight")
         if weight is not None and weight.shape == self.weight.shape:
-            log_alpha = self._initial_log_alpha
-            if not (self.weight.is_meta or self.log_sigma2.isnan().any()):  # nan: after to_empty()
-                log_alpha = _at_least_float32(self.log_sigma2) - _log_square_or_scale(self.weight)
-                weight = weight.to(self.weight)
-            log_sigma2 = (log_alpha + _log_square_or_scale(weight)).detach()
+            log_sigma2 = (self._initial_log_alpha + _log_square_or_scale(weight)).detach()
             state_dict.setdefault(prefix + "log_sigma2", log_sigma2.to(self.log_sigma2.dtype))
             state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -526,7 +515,7 @@ def accuracy(logits, labels):
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"labels {tuple(labels.shape)}, logits {tuple(logits.shape)}: "
                          "they should be (n,) and (n, classes)")
-    if labels.is_floating_point() or ((labels < 0) | (labels >= logits.shape[1])).any():
+    if labels.is_floating_point() or not ((labels >= 0) & (labels.long() < logits.shape[1])).all():
         raise ValueError(f"labels should be integers from 0 to {logits.shape[1] - 1}")
     if logits.isnan().any():
         return math.nan
@@ -1341,8 +1330,9 @@ def run_grid(cells, train_cell, args, settings=None, prepare=lambda args: None):
     # what tells cells apart; some lack some, or only those of rows have them
     names = sorted({"seed"}.union(*cells, *(row.get("keys", ()) for row in found)))
 
-    def key(row):
-        return _hashable([row.get(name) for name in names])
+    def key(row):  # what a row measured under the name of another cell's key does not count
+        own = row.get("keys", names)
+        return _hashable([row.get(name) if name in own else None for name in names])
 
     in_grid = {key(cell | {"seed": None}) for cell in grid}
     part, parts = args.shard
@@ -1612,6 +1602,12 @@ def group_by(rows, *keys):
     for row in rows:
         groups.setdefault(_hashable([row[key] for key in keys]), []).append(row)
     return dict(sorted(groups.items()))
+
+
+def values_by(rows, x, y):
+    """{value of x, ascending: y of each seed, array}."""
+    return {value: np.array([row[y] for row in own])
+            for (value,), own in group_by(rows, x).items()}
 
 
 def summarise(rows, x, y, **where):

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from common import (beta_at, cell_table, check, complete_curves, corrupt_labels, crossing,
                     draw_subset, evaluate, group_by, load_images, lr_factor, minibatches, normalise,
                     ok_rows, param_groups, parse_args, plot_points, run_grid, save_panels,
-                    save_tables, summarise, to_stochastic, weight_information, with_information)
+                    save_tables, summarise, to_stochastic, values_by, weight_information,
+                    with_information)
 
 # How a cell, one training run, is trained; stored in its row. It takes steps * max(1,
 # N/300)^growth[labels]: a net needs more epochs to memorise many random labels than to learn real
@@ -51,21 +52,27 @@ SETTINGS = {
 }
 SIZES, LARGE = (100, 300, 1000, 3000), (10_000, 30_000, 50_000)
 RANDOM = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 2.0)
-REAL = dict.fromkeys(SIZES, (0.1, 0.3, 0.5, 0.9, 1.2, 2.0, 4.0, 10.0))
-REAL |= dict.fromkeys(LARGE, (0.1, 0.5, 1.2, 4.0, 10.0, 20.0, 40.0, 80.0, 150.0))
-GRID = {  # {labels: {N: beta}}
-    "demo": {"random": {100: (0.1, 0.3, 0.5, 0.8, 1.2)}, "real": {1000: (0.1, 1.0, 10.0)},
-             "longer": []},
-    "cpu": {"random": dict.fromkeys(SIZES, RANDOM) | {10_000: (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.1)},
-            "real": REAL,
-            # trained for twice the steps too, on seed 0: would more training change the result?
-            "longer": [("random", 10_000, 0.7), ("real", 10_000, 4.0), ("real", 30_000, 4.0),
-                       ("real", 30_000, 40.0), ("real", 50_000, 4.0), ("real", 50_000, 40.0)]},
-    "paper": {"random": dict.fromkeys(SIZES + LARGE, RANDOM), "real": REAL, "longer": []},
+REAL = (0.1, 0.3, 0.5, 0.9, 1.2, 2.0, 4.0, 10.0)
+REAL_LARGE = (0.1, 0.5, 1.2, 4.0, 10.0, 20.0, 40.0, 80.0, 150.0)
+LONGER = {"seed": 0, "longer": True}  # twice the steps: would more training change the result?
+# curves: (labels, N, beta, what else their cells say). Cells without a seed are trained with all of
+# --seeds; those of N >= 10,000 take hours at scale cpu. With fewer steps random labels stay at
+# chance there.
+GRID = {
+    "demo": dict(curves=[("real", (1000,), (0.1, 1.0, 10.0), {}),
+                         ("random", (100,), (0.1, 0.3, 0.5, 0.8, 1.2), {})]),
+    "cpu": dict(curves=[
+        ("real", SIZES, REAL, {}), ("random", SIZES, RANDOM, {}),
+        ("real", LARGE, REAL_LARGE, {"seed": 0}), ("real", LARGE, REAL_LARGE, {"seed": 1}),
+        ("random", (10_000,), (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.1),
+         {"seed": 0, "steps_factor": 1.5}),
+        ("random", (10_000,), (0.7,), LONGER | {"steps_factor": 3.0}),
+        ("real", (10_000,), (4.0,), LONGER | {"steps_factor": 2}),
+        ("real", (30_000, 50_000), (4.0, 40.0), LONGER | {"steps_factor": 2})]),
+    "paper": dict(curves=[("real", SIZES, REAL, {}), ("real", LARGE, REAL_LARGE, {}),
+                          ("random", SIZES + LARGE, RANDOM, {})]),
 }
 SEEDS = {"demo": [0], "cpu": [0, 1, 2], "paper": [0, 1, 2]}
-SEEDS_LARGE = {"random": [0], "real": [0, 1]}  # at scale cpu, where N >= 10,000 takes hours
-RANDOM_LARGE = 1.5  # times the steps there for random labels: with fewer the net stays at chance
 REAL_DATA = ["cifar10", "mnist", "synthetic"]
 DATASETS = {"demo": ["synthetic", "cifar10", "mnist"], "cpu": REAL_DATA, "paper": REAL_DATA}
 
@@ -172,9 +179,8 @@ def at_accuracy(rows, level, key="beta"):
 
     nan of two beta, as they do not tell where.
     """
-    accuracies = summarise(rows, "beta", "train_acc")
-    values = summarise(rows, "beta", key)
-    points = [(value[1], accuracy[1]) for value, accuracy in zip(values, accuracies)]
+    points = [np.mean([(row[key], row["train_acc"]) for row in own], 0)
+              for own in group_by(rows, "beta").values()]
     # linear in the logarithm of the value: while accuracy falls, beta and nats span decades
     return crossing(points, level) if len(points) > 2 else math.nan
 
@@ -203,7 +209,7 @@ def from_size(rows, n):
 
 def by_size(rows, key):
     """{"N = 100:": the value of each seed, ...}, as claims need it."""
-    return {f"N = {n:,}:": [row[key] for row in own] for (n,), own in group_by(rows, "n").items()}
+    return {f"N = {n:,}:": values for n, values in values_by(rows, "n", key).items()}
 
 
 def over_n(curves, key):
@@ -247,35 +253,34 @@ def accuracy_map(ax, rows, key, title):
     ax.figure.colorbar(colours, ax=ax, ticks=[0.2, 0.4, 0.6, 0.8])
     ax.plot(x, y, "k.", ms=2)
     ax.autoscale(False)  # the paper's line goes on to larger N than there may be here
-    draw_line(ax, {n: 1 for n, _ in cells}, "β = 1", "k", named_at=0, ls="--", lw=1)
+    draw_line(ax, {n: 1 for n, _ in cells}, color="k", ls="--", lw=1, label="β = 1")
     ax.set(xlabel="log₁₀ N (dots: cells)", ylabel="log₁₀(β/N)", title=title)
     ax.invert_yaxis()  # small beta, where labels are memorised, at the top
 
 
-def draw_line(ax, beta_by_n, name, colour, named_at=-1, **style):
-    """A line over the map through {N: beta}, with its name at one of the points."""
+def draw_line(ax, beta_by_n, name=None, **style):
+    """A line over the map through {N: beta}; name: stands at its end."""
     if beta_by_n:
         x, y = np.log10([[n, beta / n] for n, beta in beta_by_n.items()]).T
-        ax.plot(x, y, color=colour, **style)
-        at_right = x[named_at] >= ax.get_xlim()[1]
-        ax.annotate(name, (x[named_at], y[named_at]), xytext=(-3 if at_right else 3, 5),
-                    textcoords="offset points", ha="right" if at_right else "left", color=colour,
-                    bbox=dict(fc="w", ec="none", alpha=0.6, pad=0.5))
+        ax.plot(x, y, **style)
+        ax.annotate(name or "", (x[-1], y[-1]), xytext=(-3, 5), textcoords="offset points",
+                    ha="right", bbox=dict(fc="w", ec="none", alpha=0.6, pad=0.5))
+    ax.legend(loc="upper left", fontsize=8)  # where there are no cells
 
 
 def random_map(ax, rows):
     accuracy_map(ax, rows, "train_acc", "train accuracy, random labels")
-    draw_line(ax, PAPER_CROSSING, "55%, paper", "0.3", named_at=1, lw=2)
-    draw_line(ax, over_n(curves_of(rows), "edge"), "55%, here", "k", lw=2)
+    draw_line(ax, PAPER_CROSSING, color="0.5", lw=2, label="55%, paper")
+    draw_line(ax, over_n(curves_of(rows), "edge"), color="k", lw=2, label="55%, here")
 
 
 def real_map(ax, rows):
     accuracy_map(ax, rows, "train_acc", "train accuracy, real labels")
     curves = curves_of(rows)
     for level in FITS:
-        draw_line(ax, over_n(curves, f"beta_{level}"), f"{level:.0%}", "k", lw=1)
+        draw_line(ax, over_n(curves, f"beta_{level}"), f"{level:.0%}", color="k", lw=1)
     paper = {n: n * 10**PAPER_LINE for (n,) in group_by(rows, "n")}
-    draw_line(ax, paper, "paper", "0.3", named_at=0, lw=2)
+    draw_line(ax, paper, color="0.5", lw=2, label="paper")
 
 
 def accuracy_panel(ax, rows, key, title):
@@ -380,28 +385,11 @@ def claims(random, real):
     ]
 
 
-def cell_of(scale, labels, n, beta):
-    cell = {"labels": labels, "n": n, "beta": beta}
-    if scale == "cpu" and labels == "random" and n in LARGE:
-        cell["steps_factor"] = RANDOM_LARGE
-    return cell
-
-
 def make_cells(scale):
-    """The cheap ones first: small N, and real labels before random ones."""
-    grid, cells = GRID[scale], []
-    for labels in ("real", "random"):
-        for n, betas in grid[labels].items():
-            for beta in betas:
-                cell = cell_of(scale, labels, n, beta)
-                if scale == "cpu" and n in LARGE:
-                    cells += [cell | {"seed": seed} for seed in SEEDS_LARGE[labels]]
-                else:
-                    cells.append(cell)
-    for which in grid["longer"]:
-        cell = cell_of(scale, *which)
-        steps_factor = 2 * cell.get("steps_factor", 1)
-        cells.append(cell | {"seed": 0, "longer": True, "steps_factor": steps_factor})
+    """The cheap ones first: small N."""
+    cells = []
+    for labels, sizes, betas, more in GRID[scale]["curves"]:
+        cells += [{"labels": labels, "n": n, "beta": beta} | more for n in sizes for beta in betas]
     return sorted(cells, key=itemgetter("n"))
 
 

@@ -1,7 +1,7 @@
 """Fig. 2: every architecture memorises random labels at small beta; noisier labels cost more nats.
 
     python fig2_corrupted_labels.py --scale demo     # synthetic images, 2 minutes on 2 cores
-    python fig2_corrupted_labels.py --scale cpu      # CIFAR-10, small networks, 8 hours on 2 cores
+    python fig2_corrupted_labels.py --scale cpu      # CIFAR-10, small networks, 5 to 8 h on 2 cores
     python fig2_corrupted_labels.py --gpu 0          # CIFAR-10, the paper's N = 10,000 and 30,000
 
 Nets are trained with L = cross-entropy + beta/N * I(w;D). Panel "models": three architectures on
@@ -16,6 +16,7 @@ Protocol and measures as in Fig. 1, with a peak of beta for each architecture
 """
 import math
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ import torch.nn.functional as F
 from common import (beta_at, cell_table, check, complete_curves, corrupt_labels, crossing,
                     draw_subset, evaluate, group_by, load_images, lr_factor, minibatches, normalise,
                     ok_rows, param_groups, parse_args, per_seed, plot_points, run_grid,
-                    save_panels, save_tables, summarise, to_stochastic, weight_information,
-                    with_information)
+                    save_panels, save_tables, summarise, to_stochastic, values_by,
+                    weight_information, with_information)
 
 # How a cell is trained, stored in its row; named as in Fig. 1. It takes steps * max(1,
 # N/300)^growth; steps_factor of a cell: times as many. Each net has a peak of beta of its own: the
@@ -239,19 +240,15 @@ def transition(rows):
     return crossing(summarise(rows, "beta", "train_acc"), 0.55)
 
 
+def steps_of_rise(rows):
+    """{"0 to 0.1:": by how much more the information rises, per seed} of successive corruptions."""
+    rise = values_by(rows, "corruption", "rise")
+    return {f"{low:g} to {high:g}:": rise[high] - rise[low] for low, high in pairwise(rise)}
+
+
 def rises(rows, **where):
     """{seed: rise} of the rows with these values."""
     return {row["seed"]: row["rise"] for row in ok_rows(rows, **where)}
-
-
-def steps_of_rise(rows):
-    """{"0 to 0.1:": by how much more the information rises, per seed} of successive corruptions."""
-    fractions, steps = sorted({row["corruption"] for row in rows}), {}
-    for low, high in zip(fractions, fractions[1:]):
-        before, after = rises(rows, corruption=low), rises(rows, corruption=high)
-        steps[f"{low:g} to {high:g}:"] = [after[seed] - before[seed]
-                                          for seed in before if seed in after]
-    return steps
 
 
 def pair_ratios(rows):
@@ -267,10 +264,8 @@ def pair_ratios(rows):
 
 def growth_of_rise(rows):
     """{"to N = 300:": by how much more the mean rise is than at the N before}."""
-    means, growth = summarise(rows, "n", "rise"), {}
-    for (_, before, *_), (n, rise, *_) in zip(means, means[1:]):
-        growth[f"to N = {n:,}:"] = [rise - before]
-    return growth
+    rise = {n: values.mean() for n, values in values_by(rows, "n", "rise").items()}
+    return {f"to N = {n:,}:": [rise[n] - rise[before]] for before, n in pairwise(rise)}
 
 
 def entropy_spread(rows):
@@ -278,7 +273,9 @@ def entropy_spread(rows):
     ratios = []
     for own in group_by(rows, "kind", "corruption").values():
         ratios.append(np.mean([row["rise"] / row["entropy"] for row in own]))
-    return [max(ratios) / min(ratios)] if len(ratios) > 1 and min(ratios) > 0 else []
+    if len(ratios) < 2:
+        return []
+    return [max(ratios) / min(ratios) if min(ratios) > 0 else math.inf]
 
 
 def error_panel(ax, rows, n):
@@ -340,9 +337,8 @@ def model_claims(rows, betas_of):
     at_low, at_high, edge = {}, {}, {}
     for model, betas in betas_of.items():
         own = ok_rows(rows, model=model)
-        if betas:
-            at_low[model] = [row["error"] for row in ok_rows(own, beta=min(betas))]
-            at_high[model] = [row["error"] for row in ok_rows(own, beta=max(betas))]
+        at_low[model] = [row["error"] for row in ok_rows(own, beta=min(betas))]
+        at_high[model] = [row["error"] for row in ok_rows(own, beta=max(betas))]
         if len(betas) > 2:  # two points do not tell where a curve falls
             edge[model] = per_seed(transition, own)
     return [

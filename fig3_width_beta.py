@@ -32,7 +32,7 @@ from common import (accuracy, beta_at, cell_table, check, complete_seeds, draw_s
                     load_images, lr_factor, mean_network, minibatches, normalise, ok_rows,
                     param_groups, parse_args, per_seed, plot_points, predict, recalibrate_bn,
                     run_grid, sampled_network, save_panels, save_tables, summarise, to_stochastic,
-                    weight_information, with_information)
+                    values_by, weight_information, with_information)
 
 # How a cell is trained, stored in its row. draws: networks sampled and averaged.
 SHARED = dict(draws=20, lr_sgd=0.05, lr=0.024, lr_noise=0.01, hold=0.6)
@@ -116,17 +116,17 @@ def train_cell(cell, device, args, progress):
     if plain:
         optimizer = torch.optim.SGD(model.parameters(), s["lr_sgd"], momentum=0.9, nesterov=True,
                                     weight_decay=cell["weight_decay"])
+        # weights without noise would hold infinitely many nats: theirs are not counted
+        information, steps, draws = no_information, s["width_steps"], 1
     else:
         optimizer = torch.optim.Adam(param_groups(model, s["lr"], s["lr_noise"]), fused=True)
-    # weights without noise would hold infinitely many nats: theirs are not counted
-    information = no_information if plain else weight_information
+        information, steps, draws = weight_information, s["beta_steps"], s["draws"]
     forward = with_information(model, x[:s["batch"]], information)
     # half precision for plain nets, of which some are wide, where it is fast: a CPU with AVX2
     # alone emulates it
     fast = device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
     half = plain and fast and args.scale != "demo"
     bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=half)
-    steps = s["width_steps"] if plain else s["beta_steps"]
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step / steps, s["hold"]))
     for step, index in zip(range(steps), minibatches(s["n"], s["batch"], device)):
@@ -143,7 +143,7 @@ def train_cell(cell, device, args, progress):
         if step % 100 == 0 or step == steps - 1:
             progress(step, steps, loss.item())
 
-    measured = measure(model, x, y, x_test, y_test, 1 if plain else s["draws"])
+    measured = measure(model, x, y, x_test, y_test, draws)
     measured |= {"params": params, "n": s["n"], "bfloat16": half, "information": None}
     if not plain:
         nats = weight_information(model).item()
@@ -175,14 +175,11 @@ def measure(model, x, y, x_test, y_test, draws):
     _, mean = log_probabilities(mean_network(model))
     train, test = zip(*(log_probabilities(sampled_network(model)) for _ in range(draws)))
     average = torch.stack(test).logsumexp(0) - math.log(draws)
-    train_acc, cross_entropy = score(train, y)
-    test_acc, test_nll = score([mean], y_test)
-    test_acc_sampled, test_nll_sampled = score(test, y_test)
-    test_acc_average, test_nll_average = score([average], y_test)
-    return {"train_acc": train_acc, "cross_entropy": cross_entropy,
-            "test_acc": test_acc, "test_nll": test_nll,
-            "test_acc_sampled": test_acc_sampled, "test_nll_sampled": test_nll_sampled,
-            "test_acc_average": test_acc_average, "test_nll_average": test_nll_average}
+    measured = {}
+    measured["train_acc"], measured["cross_entropy"] = score(train, y)
+    for kind, networks in (("", [mean]), ("_sampled", test), ("_average", [average])):
+        measured[f"test_acc{kind}"], measured[f"test_nll{kind}"] = score(networks, y_test)
+    return measured
 
 
 # The paper's Fig. 3: test error in %, digitised, by the number of weights, as counted, and by beta.
@@ -210,7 +207,7 @@ def add_derived(rows):
 
 
 def cap_name(cap):
-    return "no cap" if cap == NO_CAP else f"log α ≤ −{-cap:g}"
+    return "no cap" if cap == NO_CAP else f"log α ≤ {cap:g}".replace("-", "−")
 
 
 def cap_style(cap):
@@ -219,14 +216,9 @@ def cap_style(cap):
 
 def gain_by_doubling(rows):
     """{width: by how much test error falls to it from half of it, per seed}, up to the paper's."""
-    gains = {}
-    for own in group_by(rows, "seed").values():
-        error = {row["width"]: row["test_error"] for row in own}
-        for width in sorted(error):
-            if width <= 1 and width / 2 in error:
-                gain = error[width / 2] - error[width]
-                gains.setdefault(f"to ×{width:g}:", []).append(gain)
-    return gains
+    error = values_by(rows, "width", "test_error")
+    return {f"to ×{width:g}:": error[width / 2] - error[width]
+            for width in error if width <= 1 and width / 2 in error}
 
 
 def above_best(rows):

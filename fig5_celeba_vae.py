@@ -9,14 +9,15 @@ last map, drawn with the noise of its weights. The paper draws faces x^ ~ p(x|z)
 beta the face with its background, at large beta the attributes stay and the rest is new.
 
 Here p(x|z) is a VAE of faces alone, whose code u has a prior p(u|z) learned by flow matching. The
-picture, <out>/*-faces.png: x, then for each beta three draws of one z. What all share with x, z
-holds; what differs z lacks, or p(u|z) has not learned to use. Measured on held-out faces: from
+picture, <out>/*-faces.png: x, then for up to four beta three draws of one z. What all share with
+x, z holds; what differs z lacks, or p(u|z) has not learned to use. Measured on held-out faces: from
 draws, attributes (named in training), hair style, pose and background (not named), by a classifier
 trained on other faces; from z itself, a score of ridge regression in nats. What reads z is fitted
 on faces that the classifier of attributes has not seen.
 Control: white noise, which knows no task, added to z of the net at beta = 0, as much as leaves the
 attributes the score that the penalty leaves them.
 """
+import math
 from functools import lru_cache, partial
 from operator import itemgetter
 
@@ -71,6 +72,7 @@ def train_cell(cell, device, args, progress):
     source = args.scale, args.dataset, args.data_dir, device
     images, attributes, factors, parts = load_faces(*source)
     unseen, test = parts["unseen"], parts["test"]
+    frequent = without_rare(attributes, test, s["rarest"])
     vae, evaluator = shared_networks(*source)
     torch.manual_seed(seed)  # after shared_networks, which has a seed of its own
 
@@ -105,7 +107,6 @@ def train_cell(cell, device, args, progress):
            "majority_acc": agreement(majority, attributes[test])}
     # What draws keep of x
     row |= colours_kept(x, drawn, args.dataset)
-    frequent = without_rare(attributes, test, s["rarest"])
     row |= read_from_draws(predict(evaluator, drawn), frequent, factors, first)
     rebuilt = predict(evaluator, predict(vae.rebuild, x))[:, :frequent.shape[1]]
     row["rebuilt_attributes"] = agreement(rebuilt, frequent[first])  # what draws could reach
@@ -163,12 +164,13 @@ def minimise(model, loss_at, indices, steps, s, progress=None, hold=0.8):
 
 
 @lru_cache(maxsize=1)
-def shared_networks(scale, *source):
+def shared_networks(scale, dataset, data_dir, device):
     """The VAE of faces, and a classifier of attributes and factors that evaluates its draws.
 
     All cells are measured with one pair: trained once in each process, from the same seed.
     """
-    s, (images, attributes, factors, parts) = SETTINGS[scale], load_faces(scale, *source)
+    s = SETTINGS[scale]
+    images, attributes, factors, parts = load_faces(scale, dataset, data_dir, device)
     frequent = without_rare(attributes, parts["test"], s["rarest"])
     labels = torch.cat([frequent, *factors.values()], 1).float()
     torch.manual_seed(1_000_000)  # of no cell
@@ -361,13 +363,12 @@ def chance_agreement(logits, y):
 
 def read_from_draws(logits, attributes, factors, indices):
     """Accuracy of these faces' attributes and factors, in the evaluation classifier's logits."""
-    widths = [attributes.shape[1]]
-    for value in factors.values():
-        widths.append(value.shape[1])
-    first, *others = logits.split(widths, 1)
-    found = {"drawn_attributes": agreement(first, attributes[indices]),
-             "drawn_chance": chance_agreement(first, attributes[indices])}
-    for (name, value), scores in zip(factors.items(), others):
+    count = attributes.shape[1]  # first the attributes, then the values of each factor
+    named, others = logits[:, :count], logits[:, count:]
+    found = {"drawn_attributes": agreement(named, attributes[indices]),
+             "drawn_chance": chance_agreement(named, attributes[indices])}
+    for name, value in factors.items():
+        scores, others = others.tensor_split([value.shape[1]], 1)
         found[f"drawn_{name}"] = accuracy(scores, value[indices].argmax(1))
     return found
 
@@ -620,14 +621,15 @@ def saved_faces(args, beta, seed):
 def plot_faces(rows, args):
     """The paper's figure, <out>/<figure>-<scale>-faces.png and .pdf: draws of one seed by beta."""
     from matplotlib.figure import Figure
-    seed, columns = min(column(rows, "seed")), {}
-    for row in sorted(ok_rows(rows, seed=seed), key=itemgetter("beta")):
-        faces = saved_faces(args, row["beta"], seed)
-        if faces is not None and row["beta"] in GRID["cpu"]:  # more would not fit
-            columns["x"] = faces[:1]
-            columns[f"β = {row['beta']:g}"] = faces[1:]
-    if not columns:
+    seed = min(column(rows, "seed"))
+    saved = {beta: saved_faces(args, beta, seed)
+             for beta in sorted(column(ok_rows(rows, seed=seed), "beta"))}
+    saved = [(beta, faces) for beta, faces in saved.items() if faces is not None]
+    if not saved:
         return
+    columns = {"x": saved[0][1][:1]}
+    for beta, faces in saved[::math.ceil(len(saved) / 4)]:  # more would not fit
+        columns[f"β = {beta:g}"] = faces[1:]
     widths = [len(faces) for faces in columns.values()]
     fig = Figure(figsize=(0.6 * sum(widths) + 0.6, 0.6 * SHOWN + 0.8), layout="constrained")
     axes = fig.subplots(1, len(widths), width_ratios=widths)

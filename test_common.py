@@ -456,6 +456,7 @@ def test_at_least_four_networks_are_sampled():
 def test_accuracy_is_a_fraction_and_nan_of_nan():
     logits, labels = torch.eye(4), torch.tensor([0, 1, 2, 0])
     assert accuracy(logits, labels) == 0.75
+    assert accuracy(torch.zeros(1, 300), torch.zeros(1, dtype=torch.uint8)) == 1
     assert math.isnan(accuracy(torch.full((4, 4), math.nan), labels))
 
 
@@ -967,8 +968,9 @@ def test_missing_data_is_one_line(tmp_path):
 TINY = {  # script: (changes of its demo's settings, of its grid)
     "fig1_phase_transition": (
         dict(width=1 / 16, steps=5, batch=40, peak=0.5, draws=2, synthetic=(300, 120), test=100),
-        {"random": {100: (0.1, 0.5, 1.2), 200: (0.1, 1.2)}, "longer": [("random", 100, 0.5)],
-         "real": {100: (0.1, 1.2), 200: (0.1, 1.2)}}),
+        dict(curves=[("random", (100,), (0.1, 0.5, 1.2), {}), ("random", (200,), (0.1, 1.2), {}),
+                     ("random", (100,), (0.5,), {"seed": 0, "longer": True, "steps_factor": 2}),
+                     ("real", (100, 200), (0.1, 1.2), {})])),
     "fig2_corrupted_labels": (
         dict(widths={"Small AlexNet": 1 / 16, "All-CNN": 1 / 32, "ResNet": 1 / 8}, steps=5,
              batch=40, draws=2, synthetic=(300, 120), test=100),

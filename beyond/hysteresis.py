@@ -1,7 +1,7 @@
 """Hysteresis: memorising and chance coexist over a range of beta, and a net stays where it is.
 
     python -m beyond.hysteresis --scale demo     # synthetic images, a minute on 2 cores
-    python -m beyond.hysteresis --scale cpu      # CIFAR-10, 1/4 width, about 3 hours on 2 cores
+    python -m beyond.hysteresis --scale cpu      # CIFAR-10, 1/4 width, 2 hours on 2 cores
 
 Fig. 1 trains every net from the start. Here nets on random labels begin in one of two states:
   start = "memorised": memorise at the smallest beta; then raise beta in steps;
@@ -170,7 +170,7 @@ def make_cells(grid, **where):
 def edges_by_steps(rows, grid, n):
     """{steps per beta: edges (seeds, 3) of the seeds that have both branches}."""
     found = {}
-    for steps in grid["steps"]:
+    for steps in sorted(grid["steps"]):
         own = complete_seeds(rows, make_cells(grid, n=n, steps=steps))
         if own:
             found[steps] = per_seed(edges, own)

@@ -14,10 +14,10 @@ best of SCALES for the mean over draws of labels. Beside it is the minimum over 
 Log-uniform: one StochasticLinear with ten outputs on d fixed random ReLU features of N images with
 random labels, trained with Adam and counted as in Fig. 1.
 
-r is label nats saved per nat counted; memorising pays while beta < r. You will see r come to 1 and
-not pass it for the proper prior (of the kernels, a look-up table comes closest). The log-uniform
-count leaves unpaid which weights survive: there r depends on d, and most labels are fitted at
-beta = 2.
+r is label nats saved per nat counted; memorising pays while beta < r. You will see r come to 1 for
+the proper prior, and not pass it but for the error of 20 draws of labels. The log-uniform count
+leaves unpaid which weights survive: there r depends on d, and from d = 1,000 on most labels are
+fitted at beta = 2.
 """
 import math
 from functools import partial

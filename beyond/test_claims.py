@@ -50,6 +50,7 @@ CORRUPTED = [dict(status="ok", seed=0, kind=kind, corruption=fraction, wrong=wro
                   entropy=entropy) for kind, fraction, wrong, rise, entropy in (
     ("uniform", 0.0, 0.0, 0.0, 0.0), ("uniform", 0.1, 0.09, 0.5, 0.25),
     ("uniform", 1.0, 0.9, 2.0, 2.0), ("pair", 0.09, 0.09, 0.2, 0.3))]
+FALL = [CORRUPTED[1] | {"rise": -0.5}, CORRUPTED[2]]
 SIZES = [dict(status="ok", seed=seed, n=n, rise=rise)
          for n, seed, rise in ((300, 0, 1.0), (300, 1, 2.0), (1000, 0, 3.0), (3000, 1, 2.0))]
 # test error of two seeds: the best beta is 1 by the first, 10 by the second
@@ -98,6 +99,9 @@ QUANTITIES = {
         "to N = 1,000:": [1.5], "to N = 3,000:": [-1.0]}),
     "fig2: pair_ratios": (lambda: fig2.pair_ratios(CORRUPTED), {"9% wrong:": [0.4]}),
     "fig2: entropy_spread": (lambda: fig2.entropy_spread(CORRUPTED[1:3]), [2.0]),
+    "fig2: entropy_spread of a fall": (lambda: fig2.entropy_spread(FALL), [math.inf]),
+    "fig3: caps by name": (lambda: list(map(fig3.cap_name, (-0.71, 0.0, 0.5, fig3.NO_CAP))), [
+        "log α ≤ −0.71", "log α ≤ 0", "log α ≤ 0.5", "no cap"]),
     # each seed at the best beta of the other
     "fig3: rise_from_best": (lambda: fig3.rise_from_best(ERRORS, "test_error", 0.1), [10, 15]),
     "fig3: rise_from_best of one seed": (

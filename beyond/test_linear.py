@@ -284,11 +284,14 @@ def test_place_entropy_is_nearly_the_log_of_the_number_of_choices(survivors):
 
 
 def test_log_uniform_cell_counts_places_and_permutations(monkeypatch):
-    small = fig1.SETTINGS["demo"] | dict(steps=3, synthetic=(60, 20), test=20, draws=1)
-    monkeypatch.setitem(fig1.SETTINGS, "demo", small)
+    small = dict(synthetic=(60, 20), test=20, draws=1)
+    monkeypatch.setitem(fig1.SETTINGS, "demo", fig1.SETTINGS["demo"] | small)
+    own = proper_prior.SETTINGS["demo"] | small | {"steps": 3}
+    monkeypatch.setitem(proper_prior.SETTINGS, "demo", own)
     args = argparse.Namespace(scale="demo", dataset="synthetic", data_dir="data")
     cell = {"prior": "log-uniform", "labels": "random", "n": 50, "beta": 0.1, "seed": 0}
     row = proper_prior.train_cell(cell, torch.device("cpu"), args, lambda *_: None)
+    assert row["steps"] == 3
     units = (8, 8, 48, 24)  # of the four hidden layers at width 1/8
     # after three steps all units have survivors
     assert row["permutations"] == pytest.approx(sum(math.lgamma(k + 1) for k in units))

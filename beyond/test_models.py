@@ -394,6 +394,15 @@ def test_after_to_empty_a_plain_checkpoint_starts_with_noise_of_the_start():
     torch.testing.assert_close(layer.log_alpha, torch.full((40, 50), -3.0))
 
 
+def test_a_plain_checkpoint_of_a_head_tied_to_an_embedding_has_noise_of_the_start():
+    model = nn.Sequential(nn.Embedding(40, 50), nn.Linear(50, 40, bias=False))
+    model[1].weight = model[0].weight
+    weight = 0.02 * torch.randn(40, 50)
+    to_stochastic(model, log_alpha=-3.0)
+    model.load_state_dict({"0.weight": weight, "1.weight": weight})
+    torch.testing.assert_close(model[1].log_alpha, torch.full((40, 50), -3.0))
+
+
 def test_parameters_that_are_reset_have_noise_of_the_start():
     layer = StochasticLinear(20, 30)
     layer.log_sigma2.data.fill_(2.0)
