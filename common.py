@@ -1725,8 +1725,8 @@ def check(sentence, paper, values, threshold, form="{:.2f}"):
 def save_tables(args, **tables):
     """Print tables, {title: list of dicts}, and write them to <out>/<figure>-<scale>.md.
 
-    <out>/README.md gets, between <!-- FIGURE-SCALE --> and <!-- end -->, six of the claims,
-    those that fail first. A row that is None, a claim without values, is only counted there.
+    <out>/README.md gets, between <!-- FIGURE-SCALE --> and <!-- end -->, the claims that do not
+    hold, at most six. A row that is None, a claim without values, is only counted there.
     """
     stem = f"{args.figure}-{args.scale}"
     unmeasured = tables.get("claims", []).count(None)
@@ -1747,7 +1747,7 @@ def save_tables(args, **tables):
             summary += f", {unmeasured} not measured yet"
         summary += f" ([all, and every cell]({stem}.md)).\n"
         block = re.compile(f"(<!-- {re.escape(stem)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-        shown = sorted(claims, key=lambda row: row["holds"] != "NO")[:6]
+        shown = [row for row in claims if row["holds"] != "yes"][:6]
         new = f"\n{summary}\n{_markdown(shown)}\n" if shown else f"\n{summary}\n"
         encoding = {"encoding": "utf-8", "errors": "surrogateescape"}  # of any page
         old = page.read_text(**encoding)

@@ -364,7 +364,7 @@ def claims(random, real):
               "saturates", {"": exponents(from_1000, "information_0.4")}, (-math.inf, 0.5)),
         check("real labels, 40% fitted, N from 3,000: at log₁₀ β/N from −3.1 to −2.5",
               f"{PAPER_LINE}", by_size(from_size(real_curves, 3000), "log_line"), (-3.1, -2.5)),
-        check("real labels, β = 1.2: not overfitted (train within 10 points of test)", "yes",
+        check("real labels, β = 1.2: sampled networks have train within 10 points of test", "yes",
               by_size(real_12, "overfitting"), (-math.inf, 0.1)),
         check("random labels: from 80% to 20% within a factor 2.5 in β", "about 10",
               by_size(random_curves, "fall_factor"), (1, 2.5)),

@@ -656,8 +656,8 @@ def claims(rows, scale):
     table = []
     if factors:
         table.append(check(
-            f"β = {large:g}: of the excess over chance at β = 0 attributes keep a share at least "
-            "10 points larger than what is not named (difference)", "in pictures",
+            f"β = {large:g}: of their excess over chance at β = 0, attributes keep at least 10 "
+            "points more than what is not named (difference)", "in pictures",
             {"": difference(at_large, "share_named", "share_not_named")}, (0.1, np.inf),
             "{:.0%}"))
     table += [
@@ -672,19 +672,19 @@ def claims(rows, scale):
         check(f"β = {large:g}: the background is new: under 50% of its colour's variance is kept",
               "in pictures", {"": column(at_large, "kept_outside_colour")}, (-np.inf, 0.5),
               "{:.0%}"),
-        check(f"β = {large:g}: over 80% of the attributes' excess is kept", "in pictures",
+        check(f"β = {large:g}: over 80% of the attributes' excess at β = 0 is kept", "in pictures",
               {"": column(at_large, "share_named")}, (0.8, np.inf), "{:.0%}")]
     in_z = ["pixels of the background"]
     if factors:
         in_z.append("factors not named")
         table.append(check(
-            "at the first β where under half of what is not named is kept, over 80% of the "
-            "attributes' excess is", "in pictures",
+            "at the first β where under half of the excess of what is not named is kept, over 80% "
+            "of that of the attributes is", "in pictures",
             {"": per_seed(named_at_half, rows)}, (0.8, np.inf), "{:.0%}"))
     for label in in_z:
         table.append(check(
-            f"ridge score of {label} in z: noise that leaves the attributes' as high leaves at "
-            "least 2 points more than the penalty (differences)", "implied",
+            f"ridge score of {label} in z: the share that noise leaves minus that the penalty "
+            "leaves, at equal score of the attributes, is at least 2 points", "implied",
             beyond_noise(rows, NATS[label]), (0.02, np.inf), "{:.1%}"))
     return table
 

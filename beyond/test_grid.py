@@ -97,7 +97,7 @@ class Grid:
             args = parse_args("A toy.", {"demo": ["synthetic", "other"], "cpu": ["synthetic"]},
                               {"demo": [0], "cpu": [0]})
             rows = run_grid(cells, train, args, settings, prepare)
-            claim = {"claim": "c", "paper": "p", "ours": f"rows {len(rows)}", "holds": "yes"}
+            claim = {"claim": "c", "paper": "p", "ours": f"rows {len(rows)}", "holds": "NO"}
             save_tables(args, claims=[claim, None])
         except SystemExit as end:
             status = end.code or 0
@@ -305,10 +305,10 @@ def test_tables_are_put_into_the_page(grid):
     printed = grid.run(*betas(1, 2)).out
     table = (grid.out / "toy-demo.md").read_text()
     assert "| claim | paper | ours | holds |\n" in table
-    assert "| c | p | rows 2 | yes |\n" in table
+    assert "| c | p | rows 2 | NO |\n" in table
     assert table in printed
     claims = table.split("\n\n")[1]
-    count = "Claims: 1 hold, 0 fail, 1 not measured yet ([all, and every cell](toy-demo.md))."
+    count = "Claims: 0 hold, 1 fail, 1 not measured yet ([all, and every cell](toy-demo.md))."
     assert page.read_text() == (f"before\n<!-- toy-demo -->\n\n{count}\n\n{claims}\n\n"
                                 "<!-- end -->\nafter <!-- end -->\n")
 
@@ -333,13 +333,14 @@ def test_the_page_counts_verdicts(tmp_path, holds, count):
     assert count in page.read_text()
 
 
-def test_claims_that_fail_stand_first_on_the_page(tmp_path):
+def test_claims_that_do_not_hold_stand_on_the_page(tmp_path):
     args = SimpleNamespace(out=tmp_path, figure="toy", scale="demo")
     page = tmp_path / "README.md"
     page.write_text("<!-- toy-demo -->\n<!-- end -->\n")
-    claims = [{"claim": f"number {i}", "holds": "NO" if i > 5 else "yes"} for i in range(8)]
-    save_tables(args, claims=claims)
-    assert re.findall(r"number (\d)", page.read_text()) == list("670123")
+    verdicts = ["yes", "NO", "undecided", *["NO"] * 6]
+    save_tables(args, claims=[{"claim": f"number {i}", "holds": verdict}
+                              for i, verdict in enumerate(verdicts)])
+    assert re.findall(r"number (\d)", page.read_text()) == list("123456")
 
 
 # === What a row can hold
