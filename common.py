@@ -319,9 +319,10 @@ def to_stochastic(module, *, skip=(), **options):
     skip: names, as in named_modules() or named_parameters(), to leave alone; ValueError for an
     unknown one. A warning names the weights, parameters of two or more dimensions, that stay plain
     without being skipped: those of other layers, and of subclasses. options: of StochasticLinear;
-    layers that are stochastic already keep theirs. Tied weights share their noise. Initialise
-    weights and load those of a plain model before, as sigma is stored, not alpha; make the
-    optimiser, and wrap in DDP, after, or the noise is not trained.
+    layers that are stochastic already keep theirs. Tied weights share their noise; frozen ones
+    have noise that is frozen, and counted: skip them. Initialise weights and load those of a plain
+    model before, as sigma is stored, not alpha; make the optimiser, and wrap in DDP, after, or the
+    noise is not trained.
     """
     StochasticLinear(1, 1, device="meta", **options)  # refuses options before anything changes
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
