@@ -481,6 +481,9 @@ def ridge(z, target, z_test):
 
 
 # --- What follows from rows
+# kept_*: share of the variance of x that draws keep. drawn_*: accuracy of what is read from draws;
+# its excess is the share of the way from chance to 1. *_nats: ridge scores of z. share_*: these
+# excesses and scores as shares of those at beta = 0; noise_*: the same under white noise.
 
 NATS = {"attributes": "attribute_nats", "pixels": "picture_nats",
         "pixels of the background": "picture_nats_outside", "factors not named": "not_named_nats"}
