@@ -90,7 +90,7 @@ def train_cell(cell, device, args, progress):
     s, seed = SETTINGS[args.scale], cell["seed"]
     model, digits = train_classifier(cell["beta"], seed, device, args, progress)
     if cell.get("control"):
-        # the label's nats, from one pass, as they are fitted to the last of several
+        # one pass is enough: label_nats reads no more
         z, _, _, labels = sample_z(model, digits, passes=1)
         aim = label_nats(z.mean((2, 3)), labels, s)
         model, digits = train_classifier(BETAS[0], seed, device, args, progress)
