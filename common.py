@@ -1614,10 +1614,9 @@ def values_by(rows, x, y):
 def summarise(rows, x, y, **where):
     """[(x, mean of y, sample std, count), ...] over the ok rows with these values, by x."""
     points = []
-    for (value,), own in group_by(ok_rows(rows, **where), x).items():
-        measured = [row[y] for row in own]
-        spread = float(np.std(measured, ddof=1)) if len(own) > 1 else 0.0
-        points.append((value, float(np.mean(measured)), spread, len(own)))
+    for value, measured in values_by(ok_rows(rows, **where), x, y).items():
+        spread = float(np.std(measured, ddof=1)) if len(measured) > 1 else 0.0
+        points.append((value, float(np.mean(measured)), spread, len(measured)))
     return points
 
 

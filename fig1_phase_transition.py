@@ -263,8 +263,12 @@ def draw_line(ax, beta_by_n, name=None, **style):
     if beta_by_n:
         x, y = np.log10([[n, beta / n] for n, beta in beta_by_n.items()]).T
         ax.plot(x, y, **style)
-        ax.annotate(name or "", (x[-1], y[-1]), xytext=(-3, 5), textcoords="offset points",
-                    ha="right", bbox=dict(fc="w", ec="none", alpha=0.6, pad=0.5))
+        if name:
+            ax.annotate(name, (x[-1], y[-1]), xytext=(-3, 5), textcoords="offset points",
+                        ha="right", bbox=dict(fc="w", ec="none", alpha=0.6, pad=0.5))
+
+
+def legend_of_map(ax):
     ax.legend(loc="upper left", fontsize=8)  # where there are no cells
 
 
@@ -272,6 +276,7 @@ def random_map(ax, rows):
     accuracy_map(ax, rows, "train_acc", "train accuracy, random labels")
     draw_line(ax, PAPER_CROSSING, color="0.5", lw=2, label="55%, paper")
     draw_line(ax, over_n(curves_of(rows), "edge"), color="k", lw=2, label="55%, here")
+    legend_of_map(ax)
 
 
 def real_map(ax, rows):
@@ -281,6 +286,12 @@ def real_map(ax, rows):
         draw_line(ax, over_n(curves, f"beta_{level}"), f"{level:.0%}", color="k", lw=1)
     paper = {n: n * 10**PAPER_LINE for (n,) in group_by(rows, "n")}
     draw_line(ax, paper, color="0.5", lw=2, label="paper")
+    legend_of_map(ax)
+
+
+def test_map(ax, rows):
+    accuracy_map(ax, rows, "test_acc", "test accuracy, real labels")
+    legend_of_map(ax)
 
 
 def accuracy_panel(ax, rows, key, title):
@@ -327,8 +338,7 @@ def plot(random, real, complete, args):
         panels.append(partial(random_map, rows=rows))
     if rows := for_map(ok_rows(complete, labels="real")):
         panels.append(partial(real_map, rows=rows))
-        panels.append(partial(accuracy_map, rows=rows, key="test_acc",
-                              title="test accuracy, real labels"))
+        panels.append(partial(test_map, rows=rows))
     if random:
         panels.append(partial(accuracy_panel, rows=random, key="train_acc",
                               title="train accuracy, random labels"))

@@ -337,9 +337,9 @@ def model_claims(rows, betas_of):
     at_low, at_high, edge = {}, {}, {}
     for model, betas in betas_of.items():
         own = ok_rows(rows, model=model)
-        error = values_by(own, "beta", "error")
-        at_low[model] = error.get(min(betas, default=None), [])
-        at_high[model] = error.get(max(betas, default=None), [])
+        if betas:
+            at_low[model] = [row["error"] for row in ok_rows(own, beta=min(betas))]
+            at_high[model] = [row["error"] for row in ok_rows(own, beta=max(betas))]
         if len(betas) > 2:  # two points do not tell where a curve falls
             edge[model] = per_seed(transition, own)
     return [

@@ -503,8 +503,8 @@ def clutter_claims(penalty, key, first, last):
 def control_claim(penalty, noise, key):
     """Does the penalty select what it removes?"""
     return check(f"I(z;n) by {READERS[key]}: what noise leaves minus what the penalty leaves, at "
-                 "equal label nats, is over 0.1 nats", "not shown", noise_excess(penalty, noise, key),
-                 (0.1, math.inf))
+                 "equal label nats, is over 0.1 nats", "not shown",
+                 noise_excess(penalty, noise, key), (0.1, math.inf))
 
 
 def bound_claims(penalty):

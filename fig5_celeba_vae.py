@@ -624,10 +624,11 @@ def saved_faces(args, beta, seed):
 def plot_faces(rows, args):
     """The paper's figure, <out>/<figure>-<scale>-faces.png and .pdf: draws of one seed by beta."""
     from matplotlib.figure import Figure
-    seed = min(column(rows, "seed"))
-    saved = {beta: saved_faces(args, beta, seed)
-             for beta in sorted(column(ok_rows(rows, seed=seed), "beta"))}
-    saved = [(beta, faces) for beta, faces in saved.items() if faces is not None]
+    seed, saved = min(column(rows, "seed")), []
+    for beta in sorted(column(ok_rows(rows, seed=seed), "beta")):
+        faces = saved_faces(args, beta, seed)
+        if faces is not None:
+            saved.append((beta, faces))
     if not saved:
         return
     columns = {"x": saved[0][1][:1]}
@@ -675,8 +676,8 @@ def claims(rows, scale):
         check(f"β = {large:g}: the background is new: under 50% of its colour's variance is kept",
               "in pictures", {"": column(at_large, "kept_outside_colour")}, (-np.inf, 0.5),
               "{:.0%}"),
-        check(f"β = {large:g}: over 80% of the attributes' excess at β = 0 is kept", "in pictures",
-              {"": column(at_large, "share_named")}, (0.8, np.inf), "{:.0%}")]
+        check(f"β = {large:g}: over 80% of the attributes' excess at β = 0 is kept",
+              "in pictures", {"": column(at_large, "share_named")}, (0.8, np.inf), "{:.0%}")]
     in_z = ["pixels of the background"]
     if factors:
         in_z.append("factors not named")

@@ -181,7 +181,6 @@ def test_rows_of_cells_with_one_more_key_are_rows_of_their_own(grid):
     assert "1 rows in" in after and "rows 1" in after  # the other cell is none of this grid
 
 
-@on_unix
 def test_what_a_row_measured_is_no_key_of_its_cell(grid):
     cells = [*betas(1, 2), {"beta": 1, "value": 500}]  # "value" is measured in the others
     grid.run(*cells[:2])
@@ -189,6 +188,7 @@ def test_what_a_row_measured_is_no_key_of_its_cell(grid):
     assert "3 cells, 3 done" in grid.run(*cells).out
 
 
+@on_unix
 def test_a_rows_file_that_is_replaced_in_mid_run_is_an_error(grid):
     def train(*arguments):
         copy = grid.path.with_suffix(".new")
